@@ -1,0 +1,147 @@
+"""Read tensors from many files into slabs: positional, scattering reads on several threads.
+
+``preadv`` runs without the GIL, has no file position that threads would share, and fills in one call tensors that
+lie side by side in a file, but 256-byte aligned in a slab.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+from typing import Final
+
+from ..errors import CheckpointError
+from .shard import Shard
+
+__all__ = ["Progress", "read_into"]
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes that are there and the bytes of the whole, on the thread that asked."""
+
+_READERS: Final = 8
+_READ_NBYTES: Final = 16 << 20
+_READ_PARTS: Final = 512
+"""Parts of one scattering read; Linux takes at most 1024 (IOV_MAX)."""
+
+
+@dataclass(slots=True)
+class _Read:
+    """One positional read: adjacent bytes of a file, scattered to parts of a slab as (byte offset, bytes)."""
+
+    shard: Shard
+    byte_offset: int
+    parts: list[tuple[int, int]] = field(default_factory=list)
+    nbytes: int = 0
+
+    def run(self, slab: memoryview) -> int:
+        targets = [slab[start : start + nbytes] for start, nbytes in self.parts]
+        first, done = 0, 0
+        try:
+            while first < len(targets):
+                count = self._preadv(targets[first:], self.byte_offset + done)
+                done += count
+                while first < len(targets) and count >= targets[first].nbytes:
+                    count -= targets[first].nbytes
+                    first += 1
+                if count:
+                    rest = targets[first][count:]
+                    targets[first].release()
+                    targets[first] = rest
+        finally:
+            # A traceback on its way out holds this frame, and the memory must be free for all that.
+            for target in targets:
+                target.release()
+        return done
+
+    def _preadv(self, targets: list[memoryview], byte_offset: int) -> int:
+        try:
+            count = os.preadv(self.shard.file.fileno(), targets, byte_offset)
+        except OSError as error:
+            raise CheckpointError(
+                f'"{self.shard.path}" cannot be read at byte {byte_offset}: {error.strerror}; '
+                "check the disk, or fetch the file again"
+            ) from error
+        if count == 0:
+            self.shard.check_unchanged()
+            raise CheckpointError(f'"{self.shard.path}" ends at byte {byte_offset}; fetch the file again')
+        return count
+
+
+def read_into(
+    homes: Mapping[str, Shard],
+    slabs: Iterable[tuple[memoryview, Mapping[str, int]]],
+    nbytes: int,
+    progress: Progress | None,
+) -> None:
+    """Fill slabs from the files that each tensor lies in; see `Checkpoint.read_into`."""
+    held: list[memoryview] = []
+    ended: SimpleQueue[Future[int]] = SimpleQueue()
+    pending = done = 0
+    pool = ThreadPoolExecutor(_READERS, thread_name_prefix="dlpoffload-read")
+    try:
+        for slab, byte_offsets in slabs:
+            held.append(slab)
+            for read in _reads(homes, byte_offsets):
+                pool.submit(read.run, slab).add_done_callback(ended.put)
+                pending += 1
+            for count in _ended(ended, pending, block=False):
+                pending, done = pending - 1, done + count
+                if progress is not None:
+                    progress(done, nbytes)
+        for count in _ended(ended, pending, block=True):
+            done += count
+            if progress is not None:
+                progress(done, nbytes)
+    finally:
+        pool.shutdown(cancel_futures=True)  # returns when no thread writes any more
+        for slab in held:
+            slab.release()
+    for shard in dict.fromkeys(homes.values()):
+        shard.check_unchanged()
+
+
+def _ended(ended: SimpleQueue[Future[int]], pending: int, *, block: bool) -> Iterator[int]:
+    """Bytes of the reads that have ended; of all that are pending when `block`. Raises what a read raised."""
+    for _ in range(pending):
+        try:
+            future = ended.get(block)
+        except Empty:
+            return
+        yield future.result()
+
+
+def _reads(homes: Mapping[str, Shard], byte_offsets: Mapping[str, int]) -> Iterator[_Read]:
+    """The reads that fill one slab: neighbours in a file together, large tensors in pieces."""
+    read: _Read | None = None
+    for shard, source, target, nbytes in _extents(homes, byte_offsets):
+        if read is not None and not (
+            read.shard is shard
+            and read.byte_offset + read.nbytes == source
+            and read.nbytes + nbytes <= _READ_NBYTES
+            and len(read.parts) < _READ_PARTS
+        ):
+            yield read
+            read = None
+        if read is None:
+            read = _Read(shard, source)
+        read.parts.append((target, nbytes))
+        read.nbytes += nbytes
+    if read is not None:
+        yield read
+
+
+def _extents(
+    homes: Mapping[str, Shard], byte_offsets: Mapping[str, int]
+) -> list[tuple[Shard, int, int, int]]:
+    """Of every piece: file, byte offset in it, byte offset in the slab, bytes; in the order of the files."""
+    found = []
+    for name, target in byte_offsets.items():
+        shard = homes[name]
+        stored = shard.tensors[name]
+        for start in range(0, stored.spec.nbytes, _READ_NBYTES):
+            nbytes = min(_READ_NBYTES, stored.spec.nbytes - start)
+            found.append((shard, stored.byte_offset + start, target + start, nbytes))
+    return sorted(found, key=lambda extent: (extent[0].file.fileno(), extent[1]))

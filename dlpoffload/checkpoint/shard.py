@@ -1,0 +1,176 @@
+"""One safetensors file: where each of its tensors lies.
+
+The library `safetensors` validates the header. Byte offsets, which it does not tell, are read from the same
+header and held against what it said. Source: "Format" in the README of safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+from typing import Any, Final
+
+from ..errors import CheckpointError, MissingFrameworkError, SpecError
+from ..spec import TensorSpec, format_nbytes
+
+__all__ = ["Shard", "Stored", "open_shard", "without_duplicates"]
+
+_DTYPES: Final = {
+    "BOOL": "bool",
+    **{f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)},
+    **{f"U{bits}": f"uint{bits}" for bits in (8, 16, 32, 64)},
+    **{f"F{bits}": f"float{bits}" for bits in (16, 32, 64)},
+    "BF16": "bfloat16",
+    "C64": "complex64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F8_E8M0": "float8_e8m0fnu",
+    "F6_E2M3": "float6_e2m3fn",
+    "F6_E3M2": "float6_e3m2fn",
+    "F4": "float4_e2m1fn_x2",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Where one tensor lies in its file."""
+
+    spec: TensorSpec
+    byte_offset: int
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Shard:
+    """One open file. What is read is the file whose header was read, whatever its path names by then."""
+
+    path: Path
+    file: FileIO
+    nbytes: int
+    changed_ns: int
+    tensors: Mapping[str, Stored]
+    """By their offsets."""
+    metadata: Mapping[str, str]
+
+    def check_unchanged(self) -> None:
+        """Raise CheckpointError when somebody wrote to the file since it was opened."""
+        status = os.fstat(self.file.fileno())
+        if (status.st_size, status.st_mtime_ns) != (self.nbytes, self.changed_ns):
+            raise CheckpointError(
+                f'"{self.path}" changed while it was read: it had {format_nbytes(self.nbytes)} when it was '
+                f"opened and has {status.st_size} now; read it again when nobody writes to it"
+            )
+
+
+def open_shard(path: Path, files: ExitStack) -> Shard:
+    """Open a file and read its header; `files` closes it."""
+    try:
+        file = files.enter_context(open(path, "rb", buffering=0, opener=_open_now))  # noqa: SIM115
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointError(f'"{path}" cannot be opened: {reason}; check the path') from error
+    status = os.fstat(file.fileno())
+    if not stat.S_ISREG(status.st_mode):
+        raise CheckpointError(f'"{path}" is no regular file; pass a safetensors file, an index or a folder')
+    validated = _validated(path)
+    try:
+        tensors, metadata = _read_header(path, file.fileno(), status.st_size, validated)
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f'"{path}" has a damaged header: {error}; fetch it again') from error
+    return Shard(path, file, status.st_size, status.st_mtime_ns, tensors, metadata)
+
+
+def _open_now(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # a named pipe would otherwise wait here for its writer
+
+
+def _validated(path: Path) -> dict[str, tuple[str, list[int]]]:
+    """Dtype and shape of every tensor by the library.
+
+    It checks that the offsets cover the file without gap or overlap, and that shapes and dtypes fit them.
+    """
+    try:
+        import safetensors
+
+        with safetensors.safe_open(path, framework="numpy") as file:
+            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
+            return {name: (part.get_dtype(), part.get_shape()) for name, part in parts.items()}
+    except ImportError as error:
+        raise MissingFrameworkError(
+            f"reading a checkpoint needs safetensors and numpy ({error}): pip install safetensors numpy"
+        ) from error
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(
+            f'"{path}" is damaged, truncated or no safetensors file: {error}; '
+            "fetch it again (files of torch.save are not read: save them with safetensors first)"
+        ) from error
+    except OSError as error:
+        raise CheckpointError(f'"{path}" cannot be mapped: {error}') from error
+
+
+def _read_header(
+    path: Path, descriptor: int, nbytes: int, validated: dict[str, tuple[str, list[int]]]
+) -> tuple[dict[str, Stored], dict[str, str]]:
+    length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
+    data = 8 + length
+    if data > nbytes:
+        raise CheckpointError(f'"{path}" of {format_nbytes(nbytes)} ends inside its header; fetch it again')
+    header = json.loads(os.pread(descriptor, length, 8), object_pairs_hook=without_duplicates)
+    metadata = header.pop("__metadata__", {})
+    if {name: (entry["dtype"], entry["shape"]) for name, entry in header.items()} != validated:
+        raise CheckpointError(
+            f'"{path}" changed while it was opened: its header is not the one that was validated; '
+            "open it again when nobody writes to it"
+        )
+    tensors: dict[str, Stored] = {}
+    for name, entry in sorted(header.items(), key=lambda item: tuple(item[1]["data_offsets"])):
+        begin, end = entry["data_offsets"]
+        spec = _spec_of(path, name, entry["dtype"], entry["shape"])
+        if not (0 <= begin <= end <= nbytes - data and end - begin == spec.nbytes):
+            raise CheckpointError(
+                f'"{path}" places tensor "{name}" of {format_nbytes(spec.nbytes)} at bytes {begin} to {end} '
+                f"of the {nbytes - data} behind its header; fetch it again"
+            )
+        tensors[name] = Stored(spec, data + begin)
+    return tensors, metadata
+
+
+def _spec_of(path: Path, name: str, stored_dtype: str, shape: list[int]) -> TensorSpec:
+    known = _DTYPES.get(stored_dtype)
+    if known is None:
+        raise CheckpointError(
+            f'"{path}" stores tensor "{name}" as {stored_dtype}; known are {", ".join(_DTYPES)}; '
+            "convert it first"
+        )
+    if stored_dtype == "F4":
+        if not shape or shape[-1] % 2:
+            raise CheckpointError(
+                f'"{path}" stores tensor "{name}" as F4 of shape {shape}, but two values share a byte; '
+                "save it with an even last length"
+            )
+        shape = [*shape[:-1], shape[-1] // 2]
+    try:
+        return TensorSpec(shape, known)
+    except SpecError as error:
+        raise CheckpointError(f'"{path}" stores tensor "{name}", which means nothing: {error}') from error
+
+
+def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build a JSON object; Python and safetensors would silently let the last of two equal keys count."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f'"{key}" stands in it twice')
+            seen.add(key)
+    return found

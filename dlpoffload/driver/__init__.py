@@ -1,0 +1,66 @@
+"""Choose a driver by the device's name. Nothing here touches a driver until `open_driver` is called."""
+
+from __future__ import annotations
+
+import re
+from functools import cache, lru_cache
+
+from ..errors import DriverNotFoundError, SpecError
+from .protocol import Capabilities, Driver, PointerInfo
+
+__all__ = ["Capabilities", "Driver", "PointerInfo", "default_device", "open_driver"]
+
+_DEVICE = re.compile(r"cpu|cuda(?::(\d+))?")
+
+
+@lru_cache(maxsize=1)
+def default_device() -> str:
+    """``"cuda:0"`` where there is a CUDA device, else ``"cpu"``."""
+    from . import cuda
+
+    try:
+        return "cuda:0" if cuda.device_count() else "cpu"
+    except DriverNotFoundError:
+        return "cpu"
+
+
+def open_driver(device: str | int | None = None) -> Driver:
+    """The driver of one device; the same object for the same device.
+
+    Parameters
+    ----------
+    device : str or int, optional
+        ``"cuda:1"``, ``"cuda"`` (the first), ``"cpu"``, or the ordinal of a CUDA device. The default is the
+        first CUDA device, or the CPU driver where there is none.
+
+    Raises
+    ------
+    SpecError
+        The name means nothing.
+    DriverNotFoundError
+        A CUDA device was asked for and there is no such device, or no driver. Never falls back to the CPU.
+    """
+    if device is None:
+        device = default_device()
+    elif isinstance(device, int) and not isinstance(device, bool):
+        device = f"cuda:{device}"
+    match = _DEVICE.fullmatch(device) if isinstance(device, str) else None
+    if match is None:
+        raise SpecError(f'device={device!r} is no device name; use "cuda:0", "cuda:1", … or "cpu"')
+    if device == "cpu":
+        return _open_cpu()
+    return _open_cuda(int(match.group(1) or 0))
+
+
+@lru_cache(maxsize=1)
+def _open_cpu() -> Driver:
+    from .cpu import CpuDriver
+
+    return CpuDriver()
+
+
+@cache
+def _open_cuda(ordinal: int) -> Driver:
+    from .cuda import CudaDriver
+
+    return CudaDriver(ordinal)

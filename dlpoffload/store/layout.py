@@ -1,0 +1,98 @@
+"""Which tensors share a buffer, and where in it each of them lies."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+from ..errors import SpecError
+from ..memory import HostBuffer
+from ..spec import TensorSpec, aligned, lay_out
+
+__all__ = ["Region", "Units", "checked_units", "grouped", "near_to"]
+
+_GROUP_NBYTES: Final = 1 << 30
+"""Tensors of no unit share buffers of at most this: longer registrations stall kernels that run meanwhile."""
+
+
+class NamedUnit(Protocol):
+    """A unit as `planning` describes it: a name, and the tensors that are staged together."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def tensors(self) -> Sequence[str]: ...
+
+
+Units = Mapping[str, Iterable[str]] | Iterable[NamedUnit]
+
+
+@dataclass(eq=False, slots=True)
+class Region:
+    """The tensors of one buffer; the buffer is allocated when the first of them is used."""
+
+    specs: Mapping[str, TensorSpec]
+    byte_offsets: Mapping[str, int]
+    nbytes: int
+    """From the first byte to the end of the last tensor."""
+    buffer: HostBuffer | None = None
+
+    @classmethod
+    def of(cls, specs: Mapping[str, TensorSpec]) -> Region:
+        """Lay tensors out in one buffer, each aligned to 256 bytes."""
+        # Empty tensors lie at the start: behind the last byte they would make the slab longer.
+        layout = lay_out({name: spec for name, spec in specs.items() if spec.nbytes})
+        return cls(specs, {name: layout.byte_offsets.get(name, 0) for name in specs}, layout.nbytes)
+
+    @property
+    def buffer_nbytes(self) -> int:
+        """Bytes to allocate: empty tensors alone need an address all the same."""
+        return max(self.nbytes, 1)
+
+
+def grouped(specs: Mapping[str, TensorSpec]) -> Iterator[dict[str, TensorSpec]]:
+    """Cut tensors of no unit into groups for one buffer each, in their order."""
+    group: dict[str, TensorSpec] = {}
+    end = 0
+    for name, spec in specs.items():
+        if group and aligned(end) + spec.nbytes > _GROUP_NBYTES:
+            yield group
+            group, end = {}, 0
+        group[name] = spec
+        end = aligned(end) + spec.nbytes
+    if group:
+        yield group
+
+
+def checked_units(specs: Mapping[str, TensorSpec], units: Units | None) -> dict[str, tuple[str, ...]]:
+    """The tensors of each unit, or SpecError: unknown or doubled names, no names."""
+    if units is None:
+        return {}
+    pairs: Iterable[tuple[str, Any]]
+    pairs = units.items() if isinstance(units, Mapping) else [(unit.name, unit.tensors) for unit in units]
+    checked: dict[str, tuple[str, ...]] = {}
+    unit_of: dict[str, str] = {}
+    for unit, given in pairs:
+        if isinstance(given, str):
+            raise SpecError(f'unit "{unit}" is a sequence of tensor names, not the string "{given}"')
+        names = tuple(given)
+        if unit in checked:
+            raise SpecError(f'unit "{unit}" is given twice; give every unit its own name')
+        if not names:
+            raise SpecError(f'unit "{unit}" has no tensors; leave it out')
+        for name in names:
+            if name not in specs:
+                raise SpecError(f'unit "{unit}" has unknown tensor "{name}"{near_to(name, specs)}')
+            if name in unit_of:
+                raise SpecError(f'tensor "{name}" is in "{unit_of[name]}" and in "{unit}"; take it out of one')
+            unit_of[name] = unit
+        checked[unit] = names
+    return checked
+
+
+def near_to(name: object, known: Iterable[str]) -> str:
+    """The end of a message about a name that is not known."""
+    found = difflib.get_close_matches(str(name), known, n=3)
+    return f"; near to it are {', '.join(map(repr, found))}" if found else ""

@@ -1,0 +1,47 @@
+"""Strides of a source against strides of the store: which bytes to take, in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..errors import AliasError
+from ..memory import HostBuffer
+from ..spec import TensorSpec
+from ..view import View
+
+__all__ = ["packed_for"]
+
+
+def packed_for(view: View, spec: TensorSpec, name: str, device: str) -> View:
+    """A view whose elements, taken in row-major order, are the bytes that `spec` spans.
+
+    *Aliasing*: the source's bytes; but device memory that must be gathered is copied to the host first.
+
+    Raises
+    ------
+    AliasError
+        `spec` leaves gaps between elements, or repeats them, and the source has other strides.
+    """
+    if _equal_strides(view.spec, spec):
+        span = 1 + sum((n - 1) * s for n, s in zip(spec.shape, spec.strides, strict=True))
+        return view.view((span,), spec.dtype)
+    order = sorted(range(len(spec.shape)), key=lambda axis: -spec.strides[axis])
+    if not _permuted(spec, order).is_row_major:
+        raise AliasError(
+            f'tensor "{name}" of this store is {spec}, which leaves gaps between elements or repeats them, and '
+            f"the source has strides {view.strides}; copy from a source with the same strides"
+        )
+    if view.host_pointer is None:  # a device copies spans, the host gathers
+        copied = HostBuffer.copy_of(view, device=device)
+        view = copied.host_view(view.shape, view.dtype, strides=view.strides)
+    taken = _permuted(view.spec, order)
+    return view.view(taken.shape, taken.dtype, strides=taken.strides)
+
+
+def _equal_strides(one: TensorSpec, other: TensorSpec) -> bool:
+    return all(n == 1 or s == o for n, s, o in zip(one.shape, one.strides, other.strides, strict=True))
+
+
+def _permuted(spec: TensorSpec, order: Sequence[int]) -> TensorSpec:
+    shape, strides = ([lengths[axis] for axis in order] for lengths in (spec.shape, spec.strides))
+    return TensorSpec(shape, spec.dtype, strides)

@@ -1,0 +1,91 @@
+"""`offload_`: from a module and a budget to a handle."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from ..driver import open_driver
+from ..errors import OffloadError, PlanError
+from ..planning import CostModel, Policy, balanced, plan
+from .handle import OffloadHandle
+from .placed import Placed
+from .tree import collect, unit_tree
+
+__all__ = ["offload_"]
+
+def offload_(
+    module: nn.Module,
+    device_budget: int | str,
+    *,
+    device: str | int | None = None,
+    units: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
+    slots: int = 2,
+    policy: Policy = balanced,
+    cost: CostModel | None = None,
+) -> OffloadHandle:
+    """Offload a module's parameters and buffers under a budget of device memory, in place.
+
+    What the plan keeps on the device is moved there; the rest goes to pinned host memory of exactly its size, and is
+    mapped, or staged through a ring of slots while its unit runs. The module computes the same bits as before, on
+    `device`; give it inputs there.
+
+    *Aliasing*: parameters stay the same objects; their data is replaced. *Lifetime*: everything lives as long as the
+    module, or until `OffloadHandle.restore_`. *Ordering*: on the stream that is current when the module is called.
+
+    Parameters
+    ----------
+    module
+        Any module, on the CPU or on a device. Modules on ``meta`` have no bytes to offload.
+    device_budget
+        Bytes on the device for residents and ring together, or such as ``"20GiB"``. Activations do not count.
+    device
+        Where it runs; the first CUDA device by default, or the CPU driver where there is none.
+    units
+        What is staged together: patterns on module paths (``"model.layers.*"``). Left out, the repeated containers
+        are found. See `planning.choose_units`.
+    slots
+        Slots of the ring; two overlap copies with compute.
+    policy
+        Where what lives: `planning.balanced`, `all_mapped`, `all_staged`, a `pattern_policy`, or your own.
+    cost
+        What the link costs; see `planning.CostModel`.
+
+    Raises
+    ------
+    PlanError
+        No parameters or buffers; the budget cannot hold the ring (the message names the smallest that can); a
+        pattern that matches nothing.
+    SpecError
+        A tensor that is sparse or on ``meta``, a device or budget that means nothing.
+    DriverNotFoundError
+        No such device.
+    OffloadError
+        The module, or one inside it, is offloaded already.
+    HostMemoryError, DeviceMemoryError
+        Memory was refused.
+
+    After any error the module is as it was.
+    """
+    driver = open_driver(device)
+    _refuse_twice(module)
+    entries = collect(module)
+    if not any(entry.spec.nbytes for entry in entries):
+        raise PlanError(f"a {type(module).__name__} without parameters and buffers has nothing to offload")
+    tree = unit_tree(module, entries)
+    decided = plan(tree, device_budget, units=units, slots=slots, policy=policy, cost=cost)
+    with torch.inference_mode(False), torch.no_grad():
+        handle = OffloadHandle(module, Placed(module, entries, decided, driver))
+    return handle
+
+
+def _refuse_twice(module: nn.Module) -> None:
+    for path, inside in module.named_modules():
+        handle = OffloadHandle.of(inside)
+        if handle is not None:
+            raise OffloadError(
+                f'"{path or type(module).__name__}" is offloaded already, to {handle.device}; '
+                "restore_() that first, or offload the outer module once"
+            )

@@ -1,0 +1,112 @@
+"""What an offloaded module did: bytes by placement, copies, rates against the link, stalls."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from ..planning import Placement, Plan
+from ..spec import format_nbytes
+from ..transfer import Link, TransferStats
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["Report"]
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A snapshot. Printing it gives a table.
+
+    Attributes
+    ----------
+    device, description : str
+        The device that ran, and what it is.
+    plan : Plan
+    pinned_nbytes : int
+        Pinned host memory of the module's weights.
+    device_nbytes : int
+        Device memory that was allocated: residents and ring.
+    stats : TransferStats
+        Copies, late copies, stalls and so on, counted since the module was offloaded.
+    link : Link or None
+        The link's own rate, measured in this process; None when it was not asked for.
+    mapped_home : bool
+        Whether staged tensors are the device's view of their host bytes between uses. Where the device cannot map
+        host memory they are on the CPU then.
+    adopted : tuple of str
+        Tensors that somebody replaced and whose values were taken over.
+    aliased_outputs : int
+        Outputs of units that lay in a slot and were copied.
+    """
+
+    device: str
+    description: str
+    plan: Plan
+    pinned_nbytes: int
+    device_nbytes: int
+    stats: TransferStats
+    link: Link | None
+    mapped_home: bool
+    adopted: tuple[str, ...]
+    aliased_outputs: int
+
+    @property
+    def link_share(self) -> float | None:
+        """The copies' rate over the link's; None before a copy is timed, or without a measured link."""
+        rate = self.stats.copy_gb_per_second
+        return None if rate is None or self.link is None else rate / self.link.host_to_device
+
+    def rows(self) -> list[tuple[str, str]]:
+        """What is printed, as name and value."""
+        plan, stats = self.plan, self.stats
+        rows = [("device", f"{self.device}, {self.description}")]
+        for placement in Placement:
+            names = plan.names(placement)
+            rows.append((placement.value, f"{len(names)} tensors, {format_nbytes(plan.nbytes(placement))}"))
+        rows.append(("ring", f"{plan.slots} slots of {format_nbytes(plan.slot_nbytes)}"))
+        rows.append(("device memory", f"{format_nbytes(self.device_nbytes)} of {format_nbytes(plan.device_budget)}"))
+        rows.append(("pinned memory", format_nbytes(self.pinned_nbytes)))
+        rows.append(("copies", f"{stats.copies} ({stats.late_copies} late), {format_nbytes(stats.copied_nbytes)}"))
+        rate = stats.copy_gb_per_second
+        if rate is not None:
+            text = f"{rate:.1f} GB/s over {stats.timed_copies} timed copies"
+            if self.link_share is not None and self.link is not None:
+                text += f", {self.link_share:.0%} of the link ({self.link.host_to_device:.1f} GB/s)"
+            rows.append(("copy rate", text))
+        rows.append(("stalls", f"{stats.stalls}, {stats.stall_seconds * 1e3:.1f} ms"))
+        rows.append(("fallbacks", f"{stats.mapped_runs} units ran from mapped memory"))
+        rows.append(("host waits", str(stats.host_waits)))
+        seldom: dict[str, Any] = {
+            "invalidations": stats.invalidations,
+            "write-backs": stats.write_backs,
+            "adopted": ", ".join(self.adopted),
+            "outputs copied": self.aliased_outputs,
+            "home": "" if self.mapped_home else "on the CPU: this device cannot map host memory",
+        }
+        rows += [(name, str(value)) for name, value in seldom.items() if value]
+        return rows
+
+    def __rich__(self) -> Table:
+        from rich.table import Table
+
+        table = Table(title="offload report", show_header=False, title_justify="left")
+        table.add_column(style="bold", no_wrap=True)
+        table.add_column()
+        for row in self.rows():
+            table.add_row(*row)
+        return table
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        out = io.StringIO()
+        Console(file=out, width=100, color_system=None).print(self)
+        return out.getvalue().rstrip()
+
+
+def snapshot(stats: TransferStats | None) -> TransferStats:
+    """A copy of the counters that does not move on."""
+    return TransferStats() if stats is None else replace(stats)

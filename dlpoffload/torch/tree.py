@@ -1,0 +1,154 @@
+"""From a module to what planning needs: each distinct tensor once, and the tree of modules over them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from ..errors import PlanError
+from ..planning import UnitTree
+from ..spec import TensorSpec
+from .tensors import spec_of
+
+__all__ = ["Entry", "Member", "collect", "unit_tree"]
+
+
+@dataclass(eq=False, slots=True)
+class Member:
+    """One tensor object of the module, and every place that refers to it.
+
+    Attributes
+    ----------
+    tensor : torch.Tensor
+        The Parameter or buffer. The object stays; its data is swapped.
+    spec : TensorSpec
+    byte_offset : int
+        Where it lies in its entry's bytes.
+    places : list of (module, attribute, qualified name)
+    """
+
+    tensor: torch.Tensor
+    spec: TensorSpec
+    byte_offset: int
+    places: list[tuple[nn.Module, str, str]]
+
+    @property
+    def name(self) -> str:
+        """The first qualified name."""
+        return self.places[0][2]
+
+
+@dataclass(eq=False, slots=True)
+class Entry:
+    """Bytes that are stored once: one tensor, or several whose memory overlaps (tied weights)."""
+
+    name: str
+    spec: TensorSpec
+    members: list[Member] = field(default_factory=list)
+
+
+def collect(root: nn.Module) -> list[Entry]:
+    """Every parameter and buffer of a module, tied ones joined."""
+    members: dict[int, Member] = {}
+    for path, module in root.named_modules(remove_duplicate=True):
+        for attribute, tensor in _own_tensors(module):
+            name = f"{path}.{attribute}" if path else attribute
+            member = members.get(id(tensor))
+            if member is None:
+                member = members[id(tensor)] = Member(tensor, spec_of(tensor, name), 0, [])
+            member.places.append((module, attribute, name))
+    return [_entry(group) for group in _overlapping(list(members.values()))]
+
+
+def _own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    for table in (module._parameters, module._buffers):
+        for attribute, tensor in table.items():
+            if tensor is not None:
+                yield attribute, tensor
+
+
+def _overlapping(members: list[Member]) -> Iterator[list[Member]]:
+    """Groups of members whose bytes overlap, in the order of their first member."""
+    groups: dict[int, list[Member]] = {}
+    spans: dict[torch.device, list[tuple[int, int, Member]]] = {}
+    for member in members:
+        groups[id(member)] = [member]
+        if member.spec.nbytes:
+            start = member.tensor.data_ptr()
+            spans.setdefault(member.tensor.device, []).append((start, start + member.spec.nbytes, member))
+    for device_spans in spans.values():
+        reach, joined = 0, None
+        for start, end, member in sorted(device_spans, key=lambda span: span[:2]):
+            if joined is not None and start < reach:
+                group = groups[id(joined)]
+                group.append(member)
+                groups[id(member)] = group
+            else:
+                joined = member
+            reach = max(reach, end)
+    seen: set[int] = set()
+    for member in members:
+        group = groups[id(member)]
+        if id(group) not in seen:
+            seen.add(id(group))
+            yield sorted(group, key=members.index) if len(group) > 1 else group
+
+
+def _entry(group: list[Member]) -> Entry:
+    first = group[0]
+    if len(group) == 1:
+        return Entry(first.name, first.spec, group)
+    start = min(member.tensor.data_ptr() for member in group)
+    end = max(member.tensor.data_ptr() + member.spec.nbytes for member in group)
+    for member in group:
+        member.byte_offset = member.tensor.data_ptr() - start
+    same = all(member.spec == first.spec and member.byte_offset == 0 for member in group)
+    return Entry(first.name, first.spec if same else TensorSpec((end - start,), "uint8"), group)
+
+
+def unit_tree(root: nn.Module, entries: list[Entry]) -> UnitTree:
+    """The tree of modules, each entry at the lowest module that has all its places below it."""
+    paths: dict[int, str] = {id(module): path for path, module in root.named_modules(remove_duplicate=True)}
+    own: dict[str, dict[str, TensorSpec]] = {}
+    for entry in entries:
+        modules = [paths[id(place[0])].split(".") for member in entry.members for place in member.places]
+        common = modules[0]
+        for segments in modules[1:]:
+            length = next(
+                (i for i, (a, b) in enumerate(zip(common, segments, strict=False)) if a != b),
+                min(len(common), len(segments)),
+            )
+            common = common[:length]
+        own.setdefault(".".join(common), {})[entry.name] = entry.spec
+    seen: set[int] = set()
+
+    def node(module: nn.Module, path: str) -> UnitTree:
+        seen.add(id(module))
+        children = tuple(
+            node(child, f"{path}.{name}" if path else name)
+            for name, child in module.named_children()
+            if id(child) not in seen
+        )
+        return UnitTree(
+            name=path,
+            tensors=own.get(path, {}),
+            children=children,
+            repeated=isinstance(module, nn.ModuleList | nn.Sequential | nn.ModuleDict),
+            kind=type(module).__name__,
+            callable=_is_callable(module),
+        )
+
+    if not entries:
+        raise PlanError(f"a {type(root).__name__} without parameters and buffers has nothing to offload")
+    return node(root, "")
+
+
+def _is_callable(module: nn.Module) -> bool:
+    """Whether the module has a forward of its own: a ModuleList has none."""
+    unimplemented = getattr(nn.modules.module, "_forward_unimplemented", None)
+    return type(module).forward is not unimplemented
+
+

@@ -1,0 +1,40 @@
+"""A module's forward, replaced on the instance."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+__all__ = ["WrappedForward"]
+
+
+class WrappedForward:
+    """Base of what stands in the place of a module's forward.
+
+    It belongs to one module of one offloaded model, so it must not be copied along with it: the mark of
+    `OffloadHandle` beside it refuses deepcopy and pickle.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.installed = False
+
+    def install(self) -> None:
+        """Take the place of the module's forward as it is now."""
+        self.inner: Callable[..., Any] = self.module.forward
+        self.before = self.module.__dict__.get("forward")
+        functools.update_wrapper(self, self.inner)
+        self.module.forward = self
+        self.installed = True
+
+    def remove(self) -> None:
+        """Put the former forward back; where somebody wrapped this one since, stay and only pass through."""
+        self.installed = False
+        if self.module.__dict__.get("forward") is self:
+            if self.before is None:
+                del self.module.forward
+            else:
+                self.module.forward = self.before

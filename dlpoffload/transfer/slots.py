@@ -1,0 +1,68 @@
+"""One device slot, and the events that order its readers and its copies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ..driver import Driver
+from ..memory import DeviceBuffer
+
+__all__ = ["EventPool", "Slot", "SlotState"]
+
+
+@dataclass(slots=True)
+class EventPool:
+    """Events of one driver, made when first needed and destroyed together."""
+
+    driver: Driver
+    made: list[int] = field(default_factory=list)
+
+    def event(self) -> int:
+        """A new event, never recorded."""
+        event = self.driver.event_create()
+        self.made.append(event)
+        return event
+
+    def close(self) -> None:
+        """Destroy every event of the pool."""
+        while self.made:
+            self.driver.event_destroy(self.made.pop())
+
+
+@dataclass(eq=False, slots=True)
+class Slot:
+    """A fixed range of device memory. Its address never changes while the ring lives."""
+
+    index: int
+    buffer: DeviceBuffer
+
+    @property
+    def device_pointer(self) -> int:
+        """Address of the first byte for the device."""
+        return self.buffer.device_pointer
+
+
+@dataclass(eq=False, slots=True)
+class SlotState:
+    """What one slot holds, as one timeline sees it: the eager one, or that of one captured graph.
+
+    Attributes
+    ----------
+    holds : str or None
+        The unit whose bytes are in the slot, or will be when `ready` has passed.
+    ready : int
+        Event behind the last copy into the slot.
+    readers : dict of int to int
+        For each stream that read the slot since its last copy, the event behind its last reader.
+    leases : int
+        Units entered and not left yet. A leased slot is never copied into.
+    last_use : int
+        For choosing the slot that was not used for longest.
+    """
+
+    slot: Slot
+    ready: int
+    holds: str | None = None
+    readers: dict[int, int] = field(default_factory=dict)
+    leases: int = 0
+    last_use: int = 0

@@ -1,0 +1,111 @@
+"""What a ring did: counts, bytes, and times read from events that have passed, so that nobody waits for a figure."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from ..driver import Driver
+
+__all__ = ["TransferStats"]
+
+_MIN_STALL_MS = 0.02
+"""Two event records behind each other lie some microseconds apart even when nothing is waited for."""
+
+
+@dataclass(slots=True)
+class TransferStats:
+    """Counters of one ring since it was made or last `reset`.
+
+    Attributes
+    ----------
+    copies, copied_nbytes : int
+        Copies enqueued from host slabs into slots.
+    late_copies : int
+        Those enqueued only when their unit was entered, because nobody had foreseen it.
+    hits : int
+        Units entered whose slot held them, or whose copy was enqueued, already.
+    mapped_runs : int
+        Units that found no free slot and ran from their mapped view.
+    invalidations : int
+        Slots emptied because the host bytes behind them changed.
+    write_backs : int
+        Tensors written inside their unit and copied back to the host.
+    host_waits : int
+        Times the host blocked: never inside a step, only before it writes host bytes and on close.
+    timed_copies, timed_nbytes, copy_seconds
+        The copies whose events have been read, and the time they took.
+    stalls, stall_seconds
+        Waits of a compute stream for a copy that took time, and the time that they took.
+    """
+
+    copies: int = 0
+    copied_nbytes: int = 0
+    late_copies: int = 0
+    hits: int = 0
+    mapped_runs: int = 0
+    invalidations: int = 0
+    write_backs: int = 0
+    host_waits: int = 0
+    timed_copies: int = 0
+    timed_nbytes: int = 0
+    copy_seconds: float = 0.0
+    stalls: int = 0
+    stall_seconds: float = 0.0
+
+    @property
+    def copy_gb_per_second(self) -> float | None:
+        """Rate of the timed copies in 10^9 bytes a second; None before one is timed."""
+        return self.timed_nbytes / self.copy_seconds / 1e9 if self.copy_seconds else None
+
+
+@dataclass(slots=True)
+class Stopwatch:
+    """Brackets work on a stream with timing events, and reads them when they have passed."""
+
+    driver: Driver
+    free: list[int] = field(default_factory=list)
+    pending: deque[tuple[int, int, int | None]] = field(default_factory=deque)
+    limit: int = 256
+
+    def start(self, stream: int) -> int | None:
+        """Record the start; None when so many are unread that another would only cost."""
+        if len(self.pending) >= self.limit:
+            return None
+        event = self.free.pop() if self.free else self.driver.event_create(timing=True)
+        self.driver.event_record(event, stream)
+        return event
+
+    def stop(self, start: int | None, stream: int, nbytes: int | None) -> None:
+        """Record the end of a copy of `nbytes`, or of a wait when None."""
+        if start is None:
+            return
+        end = self.free.pop() if self.free else self.driver.event_create(timing=True)
+        self.driver.event_record(end, stream)
+        self.pending.append((start, end, nbytes))
+
+    def read(self, stats: TransferStats) -> None:
+        """Add the times of what has passed to `stats`; never waits."""
+        while self.pending:
+            start, end, nbytes = self.pending[0]
+            if not self.driver.event_query(end):
+                return
+            self.pending.popleft()
+            milliseconds = self.driver.event_elapsed_ms(start, end)
+            self.free += (start, end)
+            if nbytes is not None:
+                stats.timed_copies += 1
+                stats.timed_nbytes += nbytes
+                stats.copy_seconds += milliseconds / 1e3
+            elif milliseconds > _MIN_STALL_MS:
+                stats.stalls += 1
+                stats.stall_seconds += milliseconds / 1e3
+
+    def close(self) -> None:
+        """Destroy every event."""
+        for start, end, _ in self.pending:
+            self.free += (start, end)
+        self.pending.clear()
+        for event in self.free:
+            self.driver.event_destroy(event)
+        self.free.clear()

@@ -1,0 +1,157 @@
+/* Anonymous mappings, aligned, advised, populated by several threads. */
+#include "pages.h"
+
+#include <errno.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#if defined(__linux__) && !defined(MADV_POPULATE_WRITE)
+#define MADV_POPULATE_WRITE 23 /* Linux 5.14; older C libraries do not name it */
+#endif
+
+/* Shared out in pieces that are whole huge pages, small enough that threads end together and stop soon after an
+ * error. */
+static const size_t PIECE = (size_t)32 << 20;
+enum { MAX_THREADS = 256 };
+
+static size_t page_size(void) { return (size_t)sysconf(_SC_PAGESIZE); }
+
+static int advise_huge_pages(void *address, size_t nbytes) {
+#ifdef MADV_HUGEPAGE
+    /* EINVAL is what a kernel without transparent huge pages says. */
+    if (madvise(address, nbytes, MADV_HUGEPAGE) && errno != EINVAL) return errno;
+#else
+    (void)address, (void)nbytes;
+#endif
+    return 0;
+}
+
+int dlpo_map_anonymous(size_t nbytes, size_t alignment, bool huge_pages, void **address) {
+    size_t page = page_size();
+    if (nbytes == 0) return EINVAL;
+    if (alignment < page) alignment = page;
+    if (nbytes > SIZE_MAX - (page - 1)) return ENOMEM;
+    size_t length = (nbytes + page - 1) & ~(page - 1);
+    if (length > SIZE_MAX - (alignment - page)) return ENOMEM;
+    size_t reserved = length + (alignment - page);
+
+    char *start = mmap(NULL, reserved, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (start == MAP_FAILED) return errno;
+    size_t before = (alignment - (uintptr_t)start % alignment) % alignment;
+    size_t after = reserved - before - length;
+    char *aligned = start + before;
+    int error = 0;
+    if (before && munmap(start, before)) {
+        error = errno;
+        munmap(start, reserved);
+        return error;
+    }
+    if (after && munmap(aligned + length, after)) error = errno;
+    if (!error && huge_pages) error = advise_huge_pages(aligned, length);
+    if (error) {
+        munmap(aligned, length);
+        return error;
+    }
+    *address = aligned;
+    return 0;
+}
+
+int dlpo_unmap(void *address, size_t nbytes) { return munmap(address, nbytes) ? errno : 0; }
+
+int dlpo_dont_fork(void *address, size_t nbytes) {
+#if defined(__linux__)
+    return madvise(address, nbytes, MADV_DONTFORK) ? errno : 0;
+#elif defined(__APPLE__)
+    return minherit(address, nbytes, VM_INHERIT_NONE) ? errno : 0;
+#else
+    (void)address, (void)nbytes;
+    return ENOSYS;
+#endif
+}
+
+/* ------------------------------------------------------------------------------------------------- populate */
+
+typedef struct {
+    char *start;
+    size_t length, page;
+    bool advise;
+    atomic_size_t next;
+    atomic_int error;
+} work;
+
+static void touch(char *start, size_t length, size_t page) {
+    for (size_t at = 0; at < length; at += page) {
+        volatile char *byte = start + at;
+        *byte = *byte;
+    }
+}
+
+/* A length of zero asks the kernel nothing but whether it knows the advice. An EINVAL of a real call can also mean
+ * that the pages are not writable, and a touch would end the process. */
+static bool can_populate(char *page) {
+#ifdef MADV_POPULATE_WRITE
+    return madvise(page, 0, MADV_POPULATE_WRITE) == 0;
+#else
+    (void)page;
+    return false;
+#endif
+}
+
+static int fault_in(const work *shared, char *start, size_t length) {
+#ifdef MADV_POPULATE_WRITE
+    if (shared->advise) {
+        int failed;
+        do {
+            failed = madvise(start, length, MADV_POPULATE_WRITE);
+        } while (failed && errno == EINTR);
+        return failed ? errno : 0;
+    }
+#endif
+    touch(start, length, shared->page);
+    return 0;
+}
+
+static void *take_pieces(void *argument) {
+    work *shared = argument;
+    while (atomic_load(&shared->error) == 0) {
+        size_t at = atomic_fetch_add(&shared->next, PIECE);
+        if (at >= shared->length) break;
+        size_t length = shared->length - at < PIECE ? shared->length - at : PIECE;
+        int error = fault_in(shared, shared->start + at, length);
+        int none = 0;
+        if (error) atomic_compare_exchange_strong(&shared->error, &none, error);
+    }
+    return NULL;
+}
+
+int dlpo_populate(void *address, size_t nbytes, unsigned threads) {
+    size_t page = page_size();
+    uintptr_t start = (uintptr_t)address & ~(uintptr_t)(page - 1);
+    if (nbytes == 0) return 0;
+    if (nbytes > UINTPTR_MAX - (uintptr_t)address) return EINVAL;
+    work shared = {.start = (char *)start, .length = (uintptr_t)address + nbytes - start, .page = page};
+    shared.advise = can_populate(shared.start);
+    atomic_init(&shared.next, 0);
+    atomic_init(&shared.error, 0);
+
+    size_t pieces = (shared.length - 1) / PIECE + 1;
+    if (threads > pieces) threads = (unsigned)pieces;
+    if (threads > MAX_THREADS) threads = MAX_THREADS;
+    pthread_t others[MAX_THREADS];
+    unsigned started = 0;
+    if (threads > 1) {
+        /* Signals belong to the program's own threads. */
+        sigset_t all, before;
+        sigfillset(&all);
+        pthread_sigmask(SIG_SETMASK, &all, &before);
+        while (started + 1 < threads && !pthread_create(&others[started], NULL, take_pieces, &shared)) started++;
+        pthread_sigmask(SIG_SETMASK, &before, NULL);
+    }
+    take_pieces(&shared);
+    while (started) pthread_join(others[--started], NULL);
+    return atomic_load(&shared.error);
+}
