@@ -34,6 +34,7 @@ MAX_REGISTRATION: Final = 64 << 30
 """Bytes in one registration at most: driver 580 and later refuse 512 GiB or more in one."""
 
 _HUGE_PAGE: Final = 2 << 20
+_UNCHECKED: Final = 1 << 20
 _PAGE: Final = mmap.PAGESIZE
 
 
@@ -265,7 +266,8 @@ def _pinned_by_others(pointer: int, nbytes: int, driver: Driver) -> bool:
 
 def allocate_pageable(nbytes: int) -> Block:
     """Map anonymous memory that is not pinned: the home of copies that a consumer on the CPU asked for."""
-    check_host_budget(nbytes)
+    if nbytes >= _UNCHECKED:  # reading the limits takes longer than a small copy
+        check_host_budget(nbytes)
     size = max(nbytes, 1)
     try:
         pointer = _native.map_anonymous(size, _PAGE, False)

@@ -100,9 +100,12 @@ def drain() -> None:
     with lock:
         if _pauses:
             return
-        # Not a local list: an interrupt in the middle must not lose the rest.
-        _pending.extend(_native.reclaim_drain())
-        while _pending:
+        while True:
+            # Again and again: a release may drop the last use of something else. And not into a local list: an
+            # interrupt in the middle must not lose the rest.
+            _pending.extend(_native.reclaim_drain())
+            if not _pending:
+                return
             try:
                 _release(_pending.popleft())
             except Exception as error:

@@ -282,7 +282,8 @@ def parse_nbytes(what: int | str, name: str = "nbytes") -> int:
                 "the units B, KB, MB, GB, TB (powers of 1000), KiB, MiB, GiB, TiB (powers of 1024)"
             )
         whole, _, fraction = match.group(1).partition(".")
-        return (int(whole + fraction) * unit) // 10 ** len(fraction)
+        scale: int = 10 ** len(fraction)
+        return int(whole + fraction) * unit // scale
     if isinstance(what, bool) or not hasattr(what, "__index__"):
         raise SpecError(f"{name}={what!r} is not a count of bytes; pass an int or a string such as \"20GiB\"")
     count: int = what.__index__()

@@ -230,7 +230,7 @@ class View:
         if copy not in (None, True, False):
             raise AliasError(f"copy={copy!r}; the standard knows True, False and None")
         wanted = self._device(capsule=False) if dl_device is None else _checked_device(dl_device)
-        _check_stream(stream, self._device(capsule=True) if dl_device is None else wanted)
+        _check_stream(stream, wanted)
         alias = self if dl_device is None else self._on(wanted)
         if alias is None and copy is False:
             raise AliasError(
@@ -501,10 +501,12 @@ def _import_capsule(capsule: Any, stream: int | None) -> View:
         if stream != _NO_ORDER:
             # The producer ordered its work before `stream`; whoever gets our view on another stream waits for this.
             ready = driver.event_create()
-            driver.event_record(ready, stream or 0)
             release = partial(_drop_import, held, driver, ready)
+    owner = own("import", spec.nbytes, release)
+    if driver is not None and ready is not None:
+        driver.event_record(ready, stream or 0)
     return View(
-        own("import", spec.nbytes, release),
+        owner,
         spec,
         label={CPU: Label.CPU, CUDA: Label.DEVICE, CUDA_HOST: Label.PINNED}[kind],
         driver=driver,

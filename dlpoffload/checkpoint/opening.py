@@ -30,12 +30,15 @@ class Checkpoint:
         two values into an element (``float4_e2m1fn_x2``, as in torch); its last length is half the file's.
     metadata : dict[str, str]
         ``__metadata__`` of the file; of several shards the first that has a key counts.
+    nbytes : int
+        Bytes of all tensors.
     """
 
     def __init__(self, path: Path, shards: Iterable[Shard], files: ExitStack) -> None:
         self.path = path
         self.specs: dict[str, TensorSpec] = {}
         self.metadata: dict[str, str] = {}
+        self.nbytes = 0
         self._homes: dict[str, Shard] = {}
         for shard in shards:
             for name, stored in shard.tensors.items():
@@ -46,15 +49,11 @@ class Checkpoint:
                     )
                 self._homes[name] = shard
                 self.specs[name] = stored.spec
+                self.nbytes += stored.nbytes
             self.metadata = {**shard.metadata, **self.metadata}
         if not self.specs:
             raise CheckpointError(f'"{path}" holds no tensors; there is nothing to read')
         self._files = files.pop_all()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(spec.nbytes for spec in self.specs.values())
 
     def shard_of(self, name: str) -> Path:
         """The file that a tensor lies in."""

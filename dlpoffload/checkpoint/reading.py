@@ -1,7 +1,7 @@
 """Read tensors from many files into slabs: positional, scattering reads on several threads.
 
-``preadv`` runs without the GIL, has no file position that threads would share, and fills in one call tensors that
-lie side by side in a file, but 256-byte aligned in a slab.
+``preadv`` runs without the GIL, has no file position that threads would share, and fills in one call tensors
+that lie side by side in a file, but 256-byte aligned in a slab.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ def read_into(
     try:
         for slab, byte_offsets in slabs:
             held.append(slab)
-            for read in _reads(homes, byte_offsets):
-                pool.submit(read.run, slab).add_done_callback(ended.put)
+            for reads in _together(_reads(homes, byte_offsets)):
+                pool.submit(_run, reads, slab).add_done_callback(ended.put)
                 pending += 1
             for count in _ended(ended, pending, block=False):
                 pending, done = pending - 1, done + count
@@ -111,6 +111,24 @@ def _ended(ended: SimpleQueue[Future[int]], pending: int, *, block: bool) -> Ite
         except Empty:
             return
         yield future.result()
+
+
+def _run(reads: list[_Read], slab: memoryview) -> int:
+    return sum(read.run(slab) for read in reads)
+
+
+def _together(reads: Iterable[_Read]) -> Iterator[list[_Read]]:
+    """What one thread is given at once: handing a small read over costs more than doing it."""
+    together: list[_Read] = []
+    nbytes = 0
+    for read in reads:
+        if together and nbytes + read.nbytes > _READ_NBYTES:
+            yield together
+            together, nbytes = [], 0
+        together.append(read)
+        nbytes += read.nbytes
+    if together:
+        yield together
 
 
 def _reads(homes: Mapping[str, Shard], byte_offsets: Mapping[str, int]) -> Iterator[_Read]:
@@ -141,7 +159,7 @@ def _extents(
     for name, target in byte_offsets.items():
         shard = homes[name]
         stored = shard.tensors[name]
-        for start in range(0, stored.spec.nbytes, _READ_NBYTES):
-            nbytes = min(_READ_NBYTES, stored.spec.nbytes - start)
+        for start in range(0, stored.nbytes, _READ_NBYTES):
+            nbytes = min(_READ_NBYTES, stored.nbytes - start)
             found.append((shard, stored.byte_offset + start, target + start, nbytes))
     return sorted(found, key=lambda extent: (extent[0].file.fileno(), extent[1]))

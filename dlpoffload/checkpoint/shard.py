@@ -45,6 +45,7 @@ class Stored:
 
     spec: TensorSpec
     byte_offset: int
+    nbytes: int
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -140,7 +141,7 @@ def _read_header(
                 f'"{path}" places tensor "{name}" of {format_nbytes(spec.nbytes)} at bytes {begin} to {end} '
                 f"of the {nbytes - data} behind its header; fetch it again"
             )
-        tensors[name] = Stored(spec, data + begin)
+        tensors[name] = Stored(spec, data + begin, end - begin)
     return tensors, metadata
 
 

@@ -128,7 +128,7 @@ class CpuDriver:
             except CudaError as cause:
                 limit = "the driver's limit of pinned memory"
                 raise refusals.host_memory_refused(cause, nbytes, limit, self._host_limit) from cause
-            self._allocated.add(Range(pointer, pointer + nbytes))
+            self._allocated.add(Range(pointer, pointer + nbytes, pointer))
             return pointer
 
     def host_free(self, pointer: int) -> None:
@@ -141,12 +141,12 @@ class CpuDriver:
                 self._check_registration(pointer, nbytes, start, end, read_only)
             except CudaError as cause:
                 raise refusals.registration_refused(cause, pointer, nbytes) from cause
-            self._registered.add(Range(start, end, read_only))
+            self._registered.add(Range(start, end, pointer, read_only))
 
     def _check_registration(self, pointer: int, nbytes: int, start: int, end: int, read_only: bool) -> None:
         call = "cuMemHostRegister"
-        able = self._capabilities.read_only_host_register if read_only else self._capabilities.host_register
-        if not able:
+        able = self._capabilities
+        if not able.host_register or (read_only and not able.read_only_host_register):
             raise cuda_error(call, "CUDA_ERROR_NOT_SUPPORTED")
         if nbytes <= 0 or pointer <= 0 or not memory.is_mapped(start, end):
             raise cuda_error(call, "CUDA_ERROR_INVALID_VALUE")
@@ -157,12 +157,9 @@ class CpuDriver:
 
     def host_unregister(self, pointer: int) -> None:
         call = "cuMemHostUnregister"
-        with self._streams.lock:
-            taken = self._registered.take(pointer // PAGE * PAGE)
-        if taken is None:
+        if not self._take(call, self._registered, pointer):
             cause = cuda_error(call, "CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED")
             raise refusals.registration_refused(cause, pointer, None) from cause
-        self._streams.drain(call)
 
     def host_device_pointer(self, pointer: int) -> int:
         with self._streams.lock:
@@ -192,7 +189,7 @@ class CpuDriver:
                 pointer = _allocate(call, nbytes)
             except CudaError as cause:
                 raise refusals.device_memory_refused(cause, self.device, nbytes, free, total) from cause
-            self._device.add(Range(pointer, pointer + nbytes))
+            self._device.add(Range(pointer, pointer + nbytes, pointer))
             if (adversary := self._streams.adversary) is not None:
                 memory.fill(pointer, adversary.choice(_POISON), nbytes)
             return pointer
@@ -273,12 +270,17 @@ class CpuDriver:
         return self._allocated.find(pointer) or self._registered.find(pointer)
 
     def _free(self, call: str, table: Ranges, pointer: int) -> None:
-        with self._streams.lock:
-            taken = table.take(pointer)
-        if taken is None:
+        if not self._take(call, table, pointer):
             raise cuda_error(call, "CUDA_ERROR_INVALID_VALUE", f"nothing was allocated at {pointer:#x}")
-        self._streams.drain(call)
         memory.free(pointer)
+
+    def _take(self, call: str, table: Ranges, pointer: int) -> bool:
+        """Remove what was made at `pointer`, once nothing enqueued uses it; False when there is none."""
+        with self._streams.lock:
+            if not table.holds(pointer):
+                return False
+            self._streams.drain(call)
+            return table.remove(pointer)  # the drain gave up the lock: another thread may have been quicker
 
     def _end(self, known: Range) -> int:
         """Where known memory ends; registrations may adjoin."""

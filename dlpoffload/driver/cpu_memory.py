@@ -16,10 +16,11 @@ _MS_ASYNC: Final = 1
 
 
 class Range(NamedTuple):
-    """Addresses from `start` up to, but without, `end`."""
+    """Addresses from `start` up to, but without, `end`, made by a call that was given, or gave, `pointer`."""
 
     start: int
     end: int
+    pointer: int
     read_only: bool = False
 
 
@@ -52,13 +53,18 @@ class Ranges:
         at = bisect.bisect_left(self._starts, end) - 1
         return self._ranges[at] if at >= 0 and start < self._ranges[at].end else None
 
-    def take(self, start: int) -> Range | None:
-        """Remove and return the range that starts at `start`."""
-        at = bisect.bisect_left(self._starts, start)
-        if at == len(self._starts) or self._starts[at] != start:
-            return None
-        del self._starts[at]
-        return self._ranges.pop(at)
+    def holds(self, pointer: int) -> bool:
+        """Whether a range was made at exactly `pointer`."""
+        found = self.find(pointer)
+        return found is not None and found.pointer == pointer
+
+    def remove(self, pointer: int) -> bool:
+        """Remove the range that was made at `pointer`; False when there is none."""
+        if not self.holds(pointer):
+            return False
+        at = bisect.bisect(self._starts, pointer) - 1
+        del self._starts[at], self._ranges[at]
+        return True
 
 
 def _function(name: str, result: Any, *arguments: Any) -> Callable[..., Any]:

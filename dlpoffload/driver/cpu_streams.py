@@ -13,17 +13,15 @@ Source of the semantics: CUDA driver API, stream management and event management
 
 from __future__ import annotations
 
-import atexit
 import itertools
-import os
 import random
 import threading
 import time
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+from .cpu_process import track
 from .cpu_queue import Event, Failure, Record, Stream, Wait, Work
 from .refusals import cuda_error
 
@@ -32,7 +30,7 @@ __all__ = ["StreamStats", "Streams"]
 _FIRST_HANDLE: Final = 16
 """Handles 1 and 2 name streams of their own in CUDA (legacy, per thread); ours keep clear of them."""
 _LAZY: Final = 0.75
-"""The share of lazy work. One eager piece pulls all that lies before it, so that half would leave little late."""
+"""The share of lazy work. An eager piece pulls all that lies before it: with half, little would be late."""
 _GRACE_S: Final = 0.25
 """How long an enqueuing call waits for eager work behind a callable that does not come back."""
 _EXIT_S: Final = 1.0
@@ -76,7 +74,7 @@ class Streams:
         self._events: dict[int, Event] = {}
         self._stopped = False
         self._make_locks()
-        _machines.add(self)
+        track(self)
 
     def _make_locks(self) -> None:
         # Re-entrant: the collector may run a finaliser that frees memory, and so drains, under the lock.
@@ -377,34 +375,3 @@ def _raise(call: str, failure: Failure | None) -> None:
 def _report(error: BaseException) -> None:
     thread = threading.current_thread()
     threading.excepthook(threading.ExceptHookArgs((type(error), error, error.__traceback__, thread)))
-
-
-_machines: weakref.WeakSet[Streams] = weakref.WeakSet()
-_held: list[Streams] = []  # over a fork, so that the child finds tables and queues in order
-
-
-def _before_fork() -> None:
-    for machine in list(_machines):
-        machine.lock.acquire()
-        _held.append(machine)
-
-
-def _after_fork_in_parent() -> None:
-    while _held:
-        _held.pop().lock.release()
-
-
-def _after_fork_in_child() -> None:
-    while _held:
-        _held.pop().after_fork_in_child()
-
-
-@atexit.register
-def _stop_all() -> None:
-    for machine in list(_machines):
-        machine.stop()
-
-
-os.register_at_fork(
-    before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child
-)

@@ -116,7 +116,7 @@ class _Chooser:
 
     def _is_experts(self, node: UnitTree) -> bool:
         """A list named after experts, whose elements are of one kind and hold equal specs."""
-        last = re.split(r"[./]", node.name)[-1].lower()
+        last = re.split(r"[./\[]", node.name)[-1].lower()
         if not node.repeated or "expert" not in last or len(node.children) < 2:
             return False
         shapes = {(child.kind, tuple(child.specs().values())) for child in node.children}

@@ -150,9 +150,7 @@ def _check_units(units: Sequence[Unit], specs: Mapping[str, TensorSpec]) -> None
 
 def _gathered(patterns: Iterable[str], specs: Mapping[str, TensorSpec]) -> frozenset[str]:
     if isinstance(patterns, str):
-        raise PlanError(
-            f'gathered="{patterns}" is one string; pass a list of names or patterns: ["{patterns}"]'
-        )
+        raise PlanError(f'gathered="{patterns}" is one string; pass a list of names or patterns: ["{patterns}"]')
     found: set[str] = set()
     for pattern in patterns:
         matched = matching(pattern, specs)
@@ -201,9 +199,7 @@ def _assemble(request: PlanRequest, policy: Policy) -> Plan:
         reasons={name: decision.reason for name, decision in decisions.items()},
         units=units,
         streamed_units=streamed,
-        resident_units=tuple(
-            unit for unit in units if all(placements[n] is Placement.DEVICE for n in unit.tensors)
-        ),
+        resident_units=tuple(unit for unit in units if all(placements[n] is Placement.DEVICE for n in unit.tensors)),
         slots=min(request.slots, len(streamed)),
         slot_nbytes=max((aligned(slab.slab_nbytes(request.specs)) for slab in streamed), default=0),
         device_budget=request.device_budget,

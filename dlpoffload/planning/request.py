@@ -149,7 +149,5 @@ def matching(pattern: str, names: Iterable[str]) -> list[str]:
 def checked_slots(slots: int) -> int:
     """Give a number of slots back, or raise the PlanError that says why it is none."""
     if isinstance(slots, bool) or not isinstance(slots, int) or slots < 1:
-        raise PlanError(
-            f"slots={slots!r} is no number of slots; use 2, more to look further ahead, 1 without overlap"
-        )
+        raise PlanError(f"slots={slots!r} is no number of slots; use 2, more to look further ahead, 1 without overlap")
     return slots

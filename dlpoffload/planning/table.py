@@ -23,9 +23,7 @@ _RESIDENT, _STREAMED, _MAPPED = "\N{BLACK SQUARE}", "\N{WHITE SQUARE}", "\N{MIDD
 
 def to_text(plan: Plan) -> str:
     """Lay the table out as plain text, 100 columns wide."""
-    console = Console(
-        file=io.StringIO(), width=_WIDTH, color_system=None, force_terminal=False, legacy_windows=False
-    )
+    console = Console(file=io.StringIO(), width=_WIDTH, color_system=None, force_terminal=False, legacy_windows=False)
     with console.capture() as captured:
         console.print(render(plan))
     return "\n".join(line.rstrip() for line in captured.get().splitlines())
@@ -46,17 +44,13 @@ def render(plan: Plan) -> Group:
             by_reason.setdefault(plan.reasons[name], []).append(name)
         nbytes = plan.nbytes(placement)
         why = next(iter(by_reason), "") if len(by_reason) < 2 else ""
-        table.add_row(
-            placement.value, str(len(plan.names(placement))), _nbytes(nbytes), _share(nbytes, total), why
-        )
+        table.add_row(placement.value, str(len(plan.names(placement))), _nbytes(nbytes), _share(nbytes, total), why)
         for reason, names in by_reason.items() if len(by_reason) > 1 else ():
             part = sum(plan.specs[name].nbytes for name in names)
             table.add_row("", str(len(names)), _nbytes(part), _share(part, total), reason, style="dim")
     table.add_section()
     table.add_row("weights", str(len(plan.specs)), _nbytes(total), _share(total, total), "")
-    table.add_row(
-        "ring", "", _nbytes(plan.ring_nbytes), "", f"{plan.slots} slots of {_nbytes(plan.slot_nbytes)}"
-    )
+    table.add_row("ring", "", _nbytes(plan.ring_nbytes), "", f"{plan.slots} slots of {_nbytes(plan.slot_nbytes)}")
     table.add_row(
         "on the device",
         "",
@@ -81,9 +75,7 @@ def _strip(plan: Plan) -> str:
     """One sign a unit, in order; the middle of a long row is left out."""
     resident = {unit.name for unit in plan.resident_units}
     streamed = {unit.name for unit in plan.streamed_units}
-    signs = [
-        _RESIDENT if u.name in resident else _STREAMED if u.name in streamed else _MAPPED for u in plan.units
-    ]
+    signs = [_RESIDENT if u.name in resident else _STREAMED if u.name in streamed else _MAPPED for u in plan.units]
     if len(signs) <= _STRIP:
         return "".join(signs)
     half = (_STRIP - 10) // 2

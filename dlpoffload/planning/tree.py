@@ -138,8 +138,8 @@ def tree_of_names(specs: Mapping[str, TensorSpec]) -> UnitTree:
         for found in _TOKEN.finditer(name):
             token = found.group()
             at = at.below.setdefault(token, _Draft(name[: found.end()], token.rstrip("]'\"")))
-        if at is root or at.spec is not None:
-            raise PlanError(f'the tensor name "{name}" is empty, or the same path as another')
+        if at.spec is not None or (at is root and name):  # "a.b" beside "a/b", or nothing but separators
+            at = root.below.setdefault(name, _Draft(token=name))
         at.spec = spec
         at.name = name
     return root.freeze("")

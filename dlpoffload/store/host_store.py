@@ -40,6 +40,7 @@ class HostStore:
         self, specs: Mapping[str, TensorSpec], units: Mapping[str, tuple[str, ...]], device: str
     ) -> None:
         self._specs = dict(specs)
+        self._nbytes = sum(spec.nbytes for spec in specs.values())
         self._units = dict(units)
         self._device = device
         self._lock = threading.RLock()
@@ -57,7 +58,7 @@ class HostStore:
     ) -> HostStore:
         """Allocate a store for tensors that are copied into it later; until then their bytes are zero.
 
-        Each buffer is allocated upon the first `copy_into` or view of one of its tensors, or `slab`. That call
+        Each buffer is allocated upon the first `slab`, `copy_into` or view of one of its tensors. That call
         raises `HostMemoryError` when the machine has not that much to give; the store stays as it was.
 
         Parameters
@@ -99,8 +100,8 @@ class HostStore:
         ----------
         source
             A mapping from names to producers (NumPy arrays, tensors of torch or JAX, views), or the path of a
-            safetensors file, an index, or a folder with either; see `checkpoint.open_checkpoint`. Every tensor
-            becomes row-major, and each name has bytes of its own.
+            safetensors file, an index, or a folder with either; see `checkpoint.open_checkpoint`. Tensors
+            become row-major, and each name has bytes of its own.
         units, device
             See `allocate`.
         progress
@@ -170,7 +171,7 @@ class HostStore:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(spec.nbytes for spec in self._specs.values())
+        return self._nbytes
 
     @property
     def pinned_nbytes(self) -> int:
@@ -300,9 +301,9 @@ class HostStore:
             users = self.live_views
             if users:
                 raise ClosedError(
-                    f"{users} live view{'s' if users > 1 else ''} (or tensors made from views) still use this "
-                    f"store of {format_nbytes(self.nbytes)}; drop them first, or drop the store instead of "
-                    "closing it: it is freed when the last view is gone"
+                    f"{users} live view{'s' if users > 1 else ''} (or tensors made from views) still use "
+                    f"this store of {format_nbytes(self.nbytes)}; drop them first, or drop the store instead "
+                    "of closing it: it is freed when the last view is gone"
                 )
             self._discard()
 

@@ -57,11 +57,12 @@ def grouped(specs: Mapping[str, TensorSpec]) -> Iterator[dict[str, TensorSpec]]:
     group: dict[str, TensorSpec] = {}
     end = 0
     for name, spec in specs.items():
-        if group and aligned(end) + spec.nbytes > _GROUP_NBYTES:
+        nbytes = spec.nbytes
+        if group and aligned(end) + nbytes > _GROUP_NBYTES:
             yield group
             group, end = {}, 0
         group[name] = spec
-        end = aligned(end) + spec.nbytes
+        end = aligned(end) + nbytes
     if group:
         yield group
 
@@ -86,7 +87,7 @@ def checked_units(specs: Mapping[str, TensorSpec], units: Units | None) -> dict[
             if name not in specs:
                 raise SpecError(f'unit "{unit}" has unknown tensor "{name}"{near_to(name, specs)}')
             if name in unit_of:
-                raise SpecError(f'tensor "{name}" is in "{unit_of[name]}" and in "{unit}"; take it out of one')
+                raise SpecError(f'tensor "{name}" is in "{unit_of[name]}" and in "{unit}"; leave one out')
             unit_of[name] = unit
         checked[unit] = names
     return checked

@@ -28,8 +28,8 @@ def packed_for(view: View, spec: TensorSpec, name: str, device: str) -> View:
     order = sorted(range(len(spec.shape)), key=lambda axis: -spec.strides[axis])
     if not _permuted(spec, order).is_row_major:
         raise AliasError(
-            f'tensor "{name}" of this store is {spec}, which leaves gaps between elements or repeats them, and '
-            f"the source has strides {view.strides}; copy from a source with the same strides"
+            f'tensor "{name}" of this store is {spec}, which leaves gaps between elements or repeats them, '
+            f"and the source has strides {view.strides}; copy from a source with the same strides"
         )
     if view.host_pointer is None:  # a device copies spans, the host gathers
         copied = HostBuffer.copy_of(view, device=device)

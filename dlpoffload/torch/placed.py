@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.utils.dlpack import from_dlpack
 
 from ..driver import Driver
 from ..errors import PlanError
@@ -81,7 +82,7 @@ class Placed:
             return
         assert self.store is not None
         view = self.store.host_view(entry.name)
-        host = torch.from_dlpack(view.view((entry.spec.nbytes,), "uint8"))
+        host = from_dlpack(view.view((entry.spec.nbytes,), "uint8"))
         home = self._home_view(entry)
         for member in entry.members:
             _copy_span(member, host)
@@ -115,11 +116,6 @@ class Placed:
             device=self.driver.device,
             allocate=allocate,
         )
-        if self.device.type == "cuda":
-            # Should the slots be dropped with copies under way, their memory must not be given out before those end.
-            copies = torch.cuda.ExternalStream(ring.copy_stream, device=self.device)
-            for slot in slots:
-                slot.record_stream(copies)
         self.stager = Stager(Prefetcher(ring), slots, self.device)
         self.stager.wrap(self.module, [self._unit(unit.name, unit.tensors) for unit in units])
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import AliasError, SlotError
 from ..slab import Slab
@@ -19,6 +20,7 @@ from ..transfer import Lease, Prefetcher
 from ..view import View
 from .outputs import detached_from
 from .saved import saved_outside
+from .state import guard_state_dicts
 from .tensors import current_stream, tensor_in, tensor_over
 from .tree import Member
 from .wrapped import WrappedForward
@@ -129,6 +131,7 @@ class Stager:
         self.units: dict[str, StagedUnit] = {}
         self.forwards: list[WrappedForward] = []
         self.adopted: list[str] = []
+        self._guards: list[RemovableHandle] = []
         self._unit_of: dict[str, StagedUnit] = {}
         self._lock = threading.RLock()
 
@@ -140,11 +143,14 @@ class Stager:
             self._unit_of.update((staged.entry, unit) for staged in unit.members)
             self.forwards += [StagedForward(self, unit, module) for module in unit.modules]
         self.forwards.append(StepForward(self, root))
+        self._guards = guard_state_dicts(units)
         for forward in self.forwards:
             forward.install()
 
     def unwrap(self) -> None:
         """Take all of that back."""
+        while self._guards:
+            self._guards.pop().remove()
         while self.forwards:
             self.forwards.pop().remove()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.utils.dlpack import from_dlpack
 
 from ..driver import Driver
 from ..errors import SpecError
@@ -11,7 +12,7 @@ from ..view import View
 
 __all__ = ["bytes_of", "current_stream", "spec_of", "tensor_in", "tensor_over", "torch_device", "torch_dtype"]
 
-_DTYPES = {name: getattr(torch, name) for name in dtype_names() if isinstance(getattr(torch, name, None), torch.dtype)}
+_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in dtype_names() if isinstance(getattr(torch, name, None), torch.dtype)}
 _NAMES = {value: name for name, value in _DTYPES.items()}
 
 
@@ -62,7 +63,7 @@ def tensor_over(view: View, spec: TensorSpec) -> torch.Tensor:
 
     Bytes cross DLPack, not elements: so every dtype of torch passes, also those newer than its DLPack tables.
     """
-    return tensor_in(torch.from_dlpack(view), 0, spec)
+    return tensor_in(from_dlpack(view), 0, spec)
 
 
 def torch_device(driver: Driver) -> torch.device:

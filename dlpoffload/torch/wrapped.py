@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -26,8 +26,9 @@ class WrappedForward:
         """Take the place of the module's forward as it is now."""
         self.inner: Callable[..., Any] = self.module.forward
         self.before = self.module.__dict__.get("forward")
-        functools.update_wrapper(self, self.inner)
-        self.module.forward = self
+        # inspect.signature, which some libraries ask of a forward, follows __wrapped__
+        functools.update_wrapper(cast("Callable[..., Any]", self), self.inner)
+        self.module.__dict__["forward"] = self
         self.installed = True
 
     def remove(self) -> None:
@@ -35,6 +36,6 @@ class WrappedForward:
         self.installed = False
         if self.module.__dict__.get("forward") is self:
             if self.before is None:
-                del self.module.forward
+                del self.module.__dict__["forward"]
             else:
-                self.module.forward = self.before
+                self.module.__dict__["forward"] = self.before

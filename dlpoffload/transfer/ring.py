@@ -108,6 +108,7 @@ class Lease:
 
 def _dispose(driver: Driver, stopwatch: Stopwatch, timelines: Timelines) -> None:
     with driver.current(), driver.relaxed():
+        timelines.drain()
         stopwatch.close()
         timelines.close()
 
@@ -175,7 +176,8 @@ class SlotRing:
             for slot in reversed(self.slots):
                 slot.buffer.close()
             raise
-        # Dropped without close: the driver frees streams and events after their work. At exit the process does.
+        # Dropped without close: the timelines keep the slots until their copies and readers have ended, in whatever
+        # order the garbage goes. At exit the process frees everything.
         self._dispose = weakref.finalize(self, _dispose, self.driver, self._stopwatch, self._timelines)
         self._dispose.atexit = False
 
@@ -402,23 +404,12 @@ class SlotRing:
             if views:
                 raise ClosedError(f"{views} live views of slots; drop them before the ring is closed")
             self.stats.host_waits += 1
-            self._drain_slots()
+            self._timelines.drain()
             self._stopwatch.read(self.stats)
             self._closed = True
             self._dispose()
             for slot in self.slots:
                 slot.buffer.close()
-
-    def _drain_slots(self) -> None:
-        """Block until no copy and no reader of a slot is under way."""
-        if self._timelines.shared:
-            self.driver.synchronize()
-            return
-        eager = self._timelines.eager
-        self.driver.stream_synchronize(eager.copy_stream)
-        for readers in [*(state.readers for state in eager.states), *eager.mapped_readers.values()]:
-            for event in readers.values():
-                self.driver.event_synchronize(event)
 
     def __enter__(self) -> SlotRing:
         return self

@@ -16,15 +16,36 @@ class EventPool:
 
     driver: Driver
     made: list[int] = field(default_factory=list)
+    free: list[int] = field(default_factory=list)
 
     def event(self) -> int:
-        """A new event, never recorded."""
+        """An event that nobody refers to; what it recorded before is of no account."""
+        if self.free:
+            return self.free.pop()
         event = self.driver.event_create()
         self.made.append(event)
         return event
 
+    def mark(self, events: dict[int, int], stream: int) -> None:
+        """Record, in a table of one event a stream, everything enqueued on `stream` so far."""
+        known = events.get(stream)
+        event = self.event() if known is None else known
+        try:
+            self.driver.event_record(event, stream)
+        except BaseException:
+            if known is None:
+                self.free.append(event)
+            raise
+        events[stream] = event
+
+    def recycle(self, events: dict[int, int]) -> None:
+        """Empty a table whose events are waited for. A wait holds what was recorded when it was enqueued."""
+        self.free += events.values()
+        events.clear()
+
     def close(self) -> None:
         """Destroy every event of the pool."""
+        self.free.clear()
         while self.made:
             self.driver.event_destroy(self.made.pop())
 
@@ -51,7 +72,7 @@ class SlotState:
     holds : str or None
         The unit whose bytes are in the slot, or will be when `ready` has passed.
     ready : int
-        Event behind the last copy into the slot.
+        Event behind the last copy into the slot, or the last write into it by a kernel.
     readers : dict of int to int
         For each stream that read the slot since its last copy, the event behind its last reader.
     leases : int

@@ -196,6 +196,9 @@ def test_a_registration_pins_whole_pages_and_is_taken_back(driver: CpuDriver) ->
     assert driver.pointer_info(middle).kind == driver.pointer_info(middle + PAGE - 1).kind == "pinned"
     assert driver.pointer_info(middle - 1).kind == driver.pointer_info(middle + PAGE).kind == "pageable"
     assert driver.host_device_pointer(middle + 105) == middle + 105
+    for not_the_base in (middle, middle + 101, middle - 1):
+        with pytest.raises(RegistrationError, match="no registration starts at"):
+            driver.host_unregister(not_the_base)
     driver.host_unregister(middle + 100)
     assert driver.pointer_info(middle).kind == "pageable"
 
@@ -243,6 +246,8 @@ def test_a_device_that_cannot_register_says_so() -> None:
     with pytest.raises(RegistrationError, match="cannot pin that kind") as caught:
         driver.host_register(pages.pointer, PAGE)
     assert name_of(caught.value.__cause__) == "CUDA_ERROR_NOT_SUPPORTED"
+    with pytest.raises(RegistrationError, match="cannot pin that kind"):
+        driver.host_register(pages.pointer, PAGE, read_only=True)
     driver = CpuDriver(read_only_host_register=False)
     with pytest.raises(RegistrationError, match="cannot pin that kind"):
         driver.host_register(pages.pointer, PAGE, read_only=True)

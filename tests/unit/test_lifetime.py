@@ -12,6 +12,7 @@ import textwrap
 import threading
 import time
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,6 +25,29 @@ from dlpoffload.driver.cpu import CpuDriver
 from dlpoffload.errors import ClosedError, RegistrationError
 
 PAGE = 4096
+
+before: Counter[tuple[str, int]] = Counter()
+pinned_before = 0
+
+
+@pytest.fixture(autouse=True)
+def baseline() -> None:
+    """What other tests may still hold is not counted here."""
+    global pinned_before
+    gc.collect()
+    lifetime.drain()
+    before.clear()
+    before.update(dlpo.live_buffers())
+    pinned_before = dlpo.pinned_nbytes()
+
+
+def live_buffers() -> list[tuple[str, int]]:
+    return list((Counter(dlpo.live_buffers()) - before).elements())
+
+
+def pinned_nbytes() -> int:
+    return dlpo.pinned_nbytes() - pinned_before
+
 
 
 def wait_until(happened: Callable[[], bool], what: str) -> None:
@@ -39,8 +63,8 @@ def is_mapped(pointer: int) -> bool:
     return any(int(low, 16) <= pointer < int(high, 16) for low, high in spans)
 
 
-def imports() -> int:
-    return sum(resource.kind == "import" for resource in lifetime.live())
+def imports() -> list[lifetime.Resource]:
+    return [resource for resource in lifetime.live() if resource.kind == "import"]
 
 
 # ------------------------------------------------------------------------------------------------- owners
@@ -63,11 +87,11 @@ class Freed:
 def test_what_nobody_uses_is_freed_by_the_reclaim_thread() -> None:
     freed = Freed()
     owner = lifetime.own("pageable", 7, freed)
-    assert ("pageable", 7) in dlpo.live_buffers()
+    assert ("pageable", 7) in live_buffers()
     del owner
     wait_until(lambda: freed.count == 1, "the reclaim thread")
     assert freed.threads != [threading.get_ident()]
-    assert ("pageable", 7) not in dlpo.live_buffers()
+    assert ("pageable", 7) not in live_buffers()
 
 
 def test_a_drain_frees_on_the_calling_thread() -> None:
@@ -150,7 +174,7 @@ def test_a_release_may_close_a_buffer_in_the_middle_of_a_registration() -> None:
         done.join(10)
         assert not done.is_alive(), "deadlock"
     assert victim.closed
-    assert dlpo.pinned_nbytes() == 0
+    assert pinned_nbytes() == 0
 
 
 def test_an_owner_that_cannot_be_made_frees_the_memory_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +186,7 @@ def test_an_owner_that_cannot_be_made_frees_the_memory_at_once(monkeypatch: pyte
     with pytest.raises(MemoryError, match="no owner"):
         lifetime.own("pageable", 7, freed)
     assert freed.count == 1
-    assert ("pageable", 7) not in dlpo.live_buffers()
+    assert ("pageable", 7) not in live_buffers()
 
 
 # ----------------------------------------------------------------------------------------- closing buffers
@@ -229,7 +253,7 @@ def test_with_never_hides_the_exception_on_its_way_out() -> None:
     pointer = view.pointer
     assert is_mapped(pointer)  # the view is still good
     del view, caught
-    wait_until(lambda: not dlpo.live_buffers(), "the last view's end")
+    wait_until(lambda: not live_buffers(), "the last view's end")
     assert not is_mapped(pointer)
 
 
@@ -262,7 +286,7 @@ def test_many_threads_close_one_buffer_once() -> None:
         for thread in threads:
             thread.join()
     assert errors == []
-    assert dlpo.live_buffers() == []
+    assert live_buffers() == []
 
 
 def test_views_made_while_another_thread_closes_are_good_or_refused() -> None:
@@ -293,7 +317,7 @@ def test_views_made_while_another_thread_closes_are_good_or_refused() -> None:
                 continue
         thread.join()
         assert set(seen) <= {b"x"}
-    wait_until(lambda: not dlpo.live_buffers(), "the last view's end")
+    wait_until(lambda: not live_buffers(), "the last view's end")
 
 
 def test_a_buffer_dropped_without_close_is_reclaimed(device: str) -> None:
@@ -301,8 +325,8 @@ def test_a_buffer_dropped_without_close_is_reclaimed(device: str) -> None:
     pointer = buffer.host_pointer
     assert open_driver(device).pointer_info(pointer).kind == "pinned"
     del buffer
-    wait_until(lambda: not dlpo.live_buffers(), "the reclaim thread")
-    assert dlpo.pinned_nbytes() == 0
+    wait_until(lambda: not live_buffers(), "the reclaim thread")
+    assert pinned_nbytes() == 0
     assert not is_mapped(pointer)
 
 
@@ -312,6 +336,7 @@ def test_ten_thousand_views_dropped_in_any_order_on_several_threads(consumer: st
     buffer = dlpo.HostBuffer.allocate(1 << 20, device="cpu")
     views, rounds, workers = 10_000, 10, 4
     errors: list[BaseException] = []
+    imported_before = len(imports())
 
     def work(seed: int) -> None:
         shuffler = random.Random(seed)
@@ -342,11 +367,11 @@ def test_ten_thousand_views_dropped_in_any_order_on_several_threads(consumer: st
         thread.join()
     assert errors == []
     gc.collect()
-    wait_until(lambda: imports() == 0, "the imports to be dropped")
+    wait_until(lambda: len(imports()) == imported_before, "the imports to be dropped")
     assert buffer.live_views == 0
-    assert [kind for kind, _ in dlpo.live_buffers()] == ["pinned"]
+    assert live_buffers() == [("pinned", 1 << 20)]
     buffer.close()
-    assert dlpo.live_buffers() == []
+    assert live_buffers() == []
 
 
 # ------------------------------------------------------------------------------------- releases that fail
@@ -374,7 +399,7 @@ def refusing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Refusing]:
         registration.count += 1
     while lifetime._kept:
         lifetime._kept.pop().release()
-    assert dlpo.pinned_nbytes() == 0
+    assert pinned_nbytes() == 0
 
 
 def test_close_raises_what_the_release_raises_and_keeps_the_memory(refusing: Refusing) -> None:
@@ -385,8 +410,8 @@ def test_close_raises_what_the_release_raises_and_keeps_the_memory(refusing: Ref
     assert buffer.closed
     lifetime.drain()
     assert is_mapped(pointer), "memory that may still be registered was unmapped"
-    assert dlpo.live_buffers() == [("pinned", PAGE)]
-    assert dlpo.pinned_nbytes() == PAGE
+    assert live_buffers() == [("pinned", PAGE)]
+    assert pinned_nbytes() == PAGE
 
 
 def test_a_producer_whose_memory_may_still_be_registered_is_kept(refusing: Refusing) -> None:

@@ -1,0 +1,134 @@
+"""`Timeline`: one order of copies and readers over the slots of a ring."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import chain
+
+from ..driver import Driver
+from .slots import EventPool, Slot, SlotState
+
+__all__ = ["Timeline"]
+
+
+@dataclass(eq=False, slots=True)
+class Timeline:
+    """What the slots hold, and who uses them: for eager work, or for one captured graph.
+
+    Attributes
+    ----------
+    copy_stream : int
+        The stream that its copies are enqueued on.
+    border : int
+        Event for forking the copy stream from a compute stream, and for joining them.
+    states : list of SlotState
+        The slots that it may use.
+    capture : int
+        Which capture it belongs to; 0 for the eager one.
+    written : dict
+        For each unit whose host bytes the device wrote, the event behind the last write on each stream.
+    mapped_readers : dict
+        For each unit that ran from its mapped view, the event behind the last reader on each stream.
+    mapped_leases : Counter
+        Units entered and not left yet that run from their mapped view.
+    steps : int
+        Steps begun and not ended.
+    pause : ExitStack
+        Holds reclaims back while a captured step is recorded.
+    """
+
+    events: EventPool
+    copy_stream: int
+    border: int
+    states: list[SlotState]
+    capture: int = 0
+    written: dict[str, dict[int, int]] = field(default_factory=dict)
+    mapped_readers: dict[str, dict[int, int]] = field(default_factory=dict)
+    mapped_leases: Counter[str] = field(default_factory=Counter)
+    steps: int = 0
+    pause: ExitStack = field(default_factory=ExitStack)
+
+    @classmethod
+    def make(cls, driver: Driver, slots: Sequence[Slot], *, capture: int = 0) -> Timeline:
+        """Make one over empty slots, with events and a copy stream of its own."""
+        events = EventPool(driver)
+        try:
+            states = [SlotState(slot, ready=events.event()) for slot in slots]
+            border = events.event()
+            return cls(events, driver.stream_create(), border, states, capture)
+        except BaseException:
+            events.close()
+            raise
+
+    # ------------------------------------------------------------------------------------------- slots
+    @property
+    def leases(self) -> int:
+        """Units entered and not left yet."""
+        return sum(state.leases for state in self.states) + self.mapped_leases.total()
+
+    def holding(self, unit: str) -> SlotState | None:
+        """The slot that holds `unit`."""
+        return next((state for state in self.states if state.holds == unit), None)
+
+    def free_slot(self, keep: Collection[str], *, spare_kept: bool = False) -> SlotState | None:
+        """A slot that nobody leases: an empty one, else the one unused for longest; those of `keep` last, or never."""
+        free = [state for state in self.states if not state.leases]
+        others = [state for state in free if state.holds not in keep]
+        if others or spare_kept:
+            free = others
+        return min(free, key=lambda state: (state.holds is not None, state.last_use), default=None)
+
+    def forget(self) -> None:
+        """Trust nothing that the slots hold."""
+        for state in self.states:
+            state.holds = None
+
+    # ------------------------------------------------------------------------------------------- order
+    def fork(self, stream: int) -> None:
+        """Let the copy stream wait for everything on `stream`, and assume nothing of the slots."""
+        driver = self.events.driver
+        self.forget()
+        driver.event_record(self.border, stream)
+        driver.stream_wait_event(self.copy_stream, self.border)
+
+    def join(self, stream: int) -> None:
+        """Let `stream` wait for every copy, and for the slots' readers on other streams."""
+        driver = self.events.driver
+        driver.event_record(self.border, self.copy_stream)
+        driver.stream_wait_event(stream, self.border)
+        for state in self.states:
+            for reader, event in state.readers.items():
+                if reader != stream:
+                    driver.stream_wait_event(stream, event)
+
+    def drain(self) -> None:
+        """Block until no copy is under way, nor a reader of a slot or of mapped bytes, nor a write of host bytes."""
+        driver = self.events.driver
+        driver.stream_synchronize(self.copy_stream)
+        for events in self._tables():
+            for event in events.values():
+                driver.event_synchronize(event)
+
+    def _tables(self) -> Iterator[dict[int, int]]:
+        slots = (state.readers for state in self.states)
+        return chain(slots, self.mapped_readers.values(), self.written.values())
+
+    def drain_unit(self, unit: str) -> None:
+        """Block until nothing enqueued reads or writes the unit's host bytes."""
+        driver = self.events.driver
+        driver.stream_synchronize(self.copy_stream)
+        for table in (self.mapped_readers, self.written):
+            events = table.get(unit, {})
+            for event in events.values():
+                driver.event_synchronize(event)
+            self.events.recycle(events)
+
+    # --------------------------------------------------------------------------------------------- end
+    def close(self) -> None:
+        """Destroy every event and the stream."""
+        self.pause.close()
+        self.events.close()
+        self.events.driver.stream_destroy(self.copy_stream)
