@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache, lru_cache
 
 from ..errors import DriverNotFoundError, SpecError
 from .protocol import Capabilities, Driver, PointerInfo
 
-__all__ = ["Capabilities", "Driver", "PointerInfo", "default_device", "open_driver"]
+__all__ = ["Capabilities", "Driver", "PointerInfo", "default_device", "installed", "open_driver"]
 
 _DEVICE = re.compile(r"cpu|cuda(?::(\d+))?")
+_installed: dict[str, Driver] = {}
 
 
 @lru_cache(maxsize=1)
@@ -47,9 +50,27 @@ def open_driver(device: str | int | None = None) -> Driver:
     match = _DEVICE.fullmatch(device) if isinstance(device, str) else None
     if match is None:
         raise SpecError(f'device={device!r} is no device name; use "cuda:0", "cuda:1", … or "cpu"')
-    if device == "cpu":
-        return _open_cpu()
-    return _open_cuda(int(match.group(1) or 0))
+    name = "cpu" if device == "cpu" else f"cuda:{int(match.group(1) or 0)}"
+    if name in _installed:
+        return _installed[name]
+    return _open_cpu() if name == "cpu" else _open_cuda(int(match.group(1) or 0))
+
+
+@contextmanager
+def installed(driver: Driver) -> Iterator[Driver]:
+    """Let `open_driver` give this driver for its device's name, on every thread, inside the block.
+
+    For tests: a CPU driver with limits or an adversary, or one that fails when it is told to. What was made with it
+    keeps it after the block.
+    """
+    former = _installed.get(driver.device)
+    _installed[driver.device] = driver
+    try:
+        yield driver
+    finally:
+        del _installed[driver.device]
+        if former is not None:
+            _installed[driver.device] = former
 
 
 @lru_cache(maxsize=1)

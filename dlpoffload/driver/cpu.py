@@ -218,7 +218,7 @@ class CpuDriver:
 
         It may not itself wait for streams. On stream 0 it runs at once.
         """
-        self._streams.enqueue(stream, call)
+        self._streams.enqueue("cuLaunchHostFunc", stream, call, foreign=True)
 
     def event_create(self, *, timing: bool = False) -> int:
         return self._streams.event_create(timing=timing)
@@ -247,8 +247,8 @@ class CpuDriver:
         overlap = destination < source + nbytes and source < destination + nbytes
         if adversary is not None and stream != 0 and nbytes and not overlap:
             poison = adversary.choice(_POISON)
-            self._streams.enqueue(stream, lambda: memory.fill(destination, poison, nbytes), name=call)
-        self._streams.enqueue(stream, lambda: memory.move(destination, source, nbytes), name=call)
+            self._streams.enqueue(call, stream, lambda: memory.fill(destination, poison, nbytes))
+        self._streams.enqueue(call, stream, lambda: memory.move(destination, source, nbytes))
 
     def copy(self, destination: int, source: int, nbytes: int) -> None:
         self._check_range("cuMemcpy", destination, nbytes, write=True)
@@ -260,7 +260,7 @@ class CpuDriver:
         self._check_range(call, destination, nbytes, write=True)
         if not 0 <= value <= 255:
             raise cuda_error(call, "CUDA_ERROR_INVALID_VALUE", f"{value} is no byte")
-        self._streams.enqueue(stream, lambda: memory.fill(destination, value, nbytes), name=call)
+        self._streams.enqueue(call, stream, lambda: memory.fill(destination, value, nbytes))
 
     # ----------------------------------------------------------------------------------------- helpers
     def _pinned_nbytes(self) -> int:

@@ -24,10 +24,11 @@ class Failure:
 
 @dataclass(eq=False, slots=True)
 class Work:
-    """A copy, a fill or a callable."""
+    """A copy or a fill, or somebody else's callable, of which nobody knows when it comes back."""
 
     ticket: int
     call: Callable[[], object]
+    foreign: bool
 
 
 @dataclass(eq=False, slots=True)
@@ -72,7 +73,7 @@ class Stream:
         self.enqueued = 0  # the last ticket given out
         self.completed = 0  # the last ticket whose item ended
         self.demanded = 0  # tickets up to this one are to run
-        self.running = False
+        self.running: Work | None = None
         self.closing = False
         self.failure: Failure | None = None  # of the first task that raised; it stays
         self.thread: threading.Thread | None = None
@@ -98,7 +99,7 @@ class Stream:
 
     def at_rest(self) -> bool:
         """Whether nothing happens here until somebody demands something or another stream goes on."""
-        if self.running:
+        if self.running is not None:
             return False
         if not self.due():
             return True
@@ -124,4 +125,4 @@ class Stream:
                 item.reach(self.failure)
         self.queue.clear()
         self.completed = self.demanded = self.enqueued
-        self.running = False
+        self.running = None

@@ -31,7 +31,7 @@ _FIRST_HANDLE: Final = 16
 """Handles 1 and 2 name streams of their own in CUDA (legacy, per thread); ours keep clear of them."""
 _LAZY: Final = 0.75
 """The share of lazy work. An eager piece pulls all that lies before it: with half, little would be late."""
-_GRACE_S: Final = 0.25
+_GRACE_S: Final = 1.0
 """How long an enqueuing call waits for eager work behind a callable that does not come back."""
 _EXIT_S: Final = 1.0
 """How long the interpreter's exit waits for tasks that run."""
@@ -121,15 +121,15 @@ class Streams:
             self.stats.drains += 1
             self._await(call, [*self._streams.values(), *self._draining])
 
-    def enqueue(self, handle: int, call: Callable[[], object], *, name: str = "cuLaunchHostFunc") -> None:
-        """Enqueue work; on stream 0 it runs at once, on the calling thread."""
+    def enqueue(self, name: str, handle: int, call: Callable[[], object], *, foreign: bool = False) -> None:
+        """Enqueue work; on stream 0 it runs at once, on the calling thread. `name` is the driver call it stands for."""
         if handle == 0:
             call()
             return
         with self.lock:
             stream = self._stream(name, handle)
             self._check_running(name)
-            work = Work(stream.next_ticket(), call)
+            work = Work(stream.next_ticket(), call, foreign)
             self._append(stream, work)
             if self.adversary is None or self.adversary.random() >= _LAZY:
                 stream.demand(work.ticket)
@@ -289,7 +289,9 @@ class Streams:
         """Wait until the adversary's eager work is done, so that what runs early is early in every run."""
         if self.adversary is not None and threading.get_ident() not in self._workers:
             streams = [*self._streams.values(), *self._draining]
-            self._progress.wait_for(lambda: all(stream.at_rest() for stream in streams), _GRACE_S)
+            while not self._progress.wait_for(lambda: all(stream.at_rest() for stream in streams), _GRACE_S):
+                if any(stream.running is not None and stream.running.foreign for stream in streams):
+                    return
 
     def _wake_all(self) -> None:
         for stream in (*self._streams.values(), *self._draining):
@@ -321,7 +323,7 @@ class Streams:
                 failure = Failure(error)
             del work  # and what it closes over, before the stream is said to be done with it
             with self.lock:
-                stream.running = False
+                stream.running = None
                 if stream.queue:  # else the exit discarded it meanwhile
                     stream.fail(failure)
                     stream.finish()
@@ -358,7 +360,7 @@ class Streams:
                     if self.adversary is not None:
                         self._wake_all()  # a wait for this record, which nobody has demanded, is over
                 elif stream.failure is None:
-                    stream.running = True
+                    stream.running = head
                     return head
                 stream.finish()
                 self._progress.notify_all()

@@ -243,9 +243,7 @@ class CudaDriver:
             if not refusals.is_refusal(cause):
                 raise
             limits = host_limits()
-            raise refusals.host_memory_refused(
-                cause, nbytes, limits.binding_limit, limits.available_nbytes
-            ) from cause
+            raise refusals.host_memory_refused(cause, nbytes, limits.binding_limit, limits.available_nbytes) from cause
 
     def host_free(self, pointer: int) -> None:
         self._call("cuMemFreeHost", pointer)

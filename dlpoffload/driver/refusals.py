@@ -49,7 +49,7 @@ _REGISTRATION: Final = {
         "pass the address that was registered, once",
     ),
     "CUDA_ERROR_INVALID_VALUE": (
-        "the range is empty, is not mapped, or may not be written",
+        "the range is empty, not mapped, may not be written, or was pinned by the driver itself",
         "check address and length; pass read_only=True for memory that is mapped read-only",
     ),
     "CUDA_ERROR_NOT_PERMITTED": (
@@ -105,9 +105,7 @@ def registration_refused(cause: CudaError, pointer: int, nbytes: int | None) -> 
     return error
 
 
-def host_memory_refused(
-    cause: CudaError, nbytes: int, limit: str, limit_nbytes: int | None
-) -> HostMemoryError:
+def host_memory_refused(cause: CudaError, nbytes: int, limit: str, limit_nbytes: int | None) -> HostMemoryError:
     """The error of host memory that the driver did not give; `limit` names what was hit, in words."""
     figure = "" if limit_nbytes is None else f" is {format_nbytes(limit_nbytes)}"
     found = f"{limit}{figure}" if limit else "the driver did not say which limit"
@@ -121,9 +119,7 @@ def host_memory_refused(
     return error
 
 
-def device_memory_refused(
-    cause: CudaError, device: str, nbytes: int, free: int, total: int
-) -> DeviceMemoryError:
+def device_memory_refused(cause: CudaError, device: str, nbytes: int, free: int, total: int) -> DeviceMemoryError:
     """The error of device memory that the driver did not give."""
     error = DeviceMemoryError(
         f'{format_nbytes(nbytes)} on device "{device}" were refused: {format_nbytes(free)} of '

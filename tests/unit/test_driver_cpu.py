@@ -329,8 +329,9 @@ def test_memory_registered_read_only_is_no_destination(driver: CpuDriver) -> Non
         driver.fill_async(pages.pointer, 0, 1, 0)
 
 
+@pytest.mark.parametrize("destroyed", [False, True])
 @pytest.mark.parametrize("call", ["host_free", "host_unregister", "device_free", "close", "synchronize"])
-def test_freeing_waits_for_what_is_enqueued(driver: CpuDriver, gate: Gate, call: str) -> None:
+def test_freeing_waits_for_what_is_enqueued(driver: CpuDriver, gate: Gate, call: str, destroyed: bool) -> None:
     pages = Pages(1)
     driver.host_register(pages.pointer, PAGE)
     host, device = driver.host_alloc(64), driver.device_alloc(64)
@@ -339,6 +340,8 @@ def test_freeing_waits_for_what_is_enqueued(driver: CpuDriver, gate: Gate, call:
     stream = driver.stream_create()
     driver.enqueue(stream, gate)
     driver.copy_async(destination, device, 64, stream)
+    if destroyed:
+        driver.stream_destroy(stream)
     argument = {"host_free": (host,), "host_unregister": (pages.pointer,), "device_free": (device,)}
     caller = Caller(lambda: getattr(driver, call)(*argument.get(call, ())))
     assert caller.blocks()

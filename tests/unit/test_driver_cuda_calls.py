@@ -390,9 +390,7 @@ def test_device_memory_that_is_refused(driver: CudaDriver, fake: FakeCuda) -> No
         (CUresult.CUDA_ERROR_OUT_OF_MEMORY, "register less"),
     ],
 )
-def test_registrations_that_are_refused(
-    driver: CudaDriver, fake: FakeCuda, result: CUresult, remedy: str
-) -> None:
+def test_registrations_that_are_refused(driver: CudaDriver, fake: FakeCuda, result: CUresult, remedy: str) -> None:
     error = refused(driver, fake, "cuMemHostRegister", result, lambda d: d.host_register(0x7000, 4096))
     assert isinstance(error, RegistrationError)
     assert "4096 bytes (4.00 KiB) at 0x7000 cannot be pinned" in str(error)
