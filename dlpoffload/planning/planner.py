@@ -182,7 +182,9 @@ def _decisions(request: PlanRequest, policy: Policy) -> dict[str, Decision]:
     for name in request.specs:
         placed = answer[name]
         what, why = placed if isinstance(placed, tuple) else (placed, f"chosen by {who}")
-        decisions[name] = Decision(Placement.parse(what, f'{who}: the placement of "{name}"'), why)
+        if not isinstance(what, Placement):
+            what = Placement.parse(what, f'{who}: the placement of "{name}"')
+        decisions[name] = Decision(what, why)
     return decisions
 
 

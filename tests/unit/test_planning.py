@@ -403,6 +403,9 @@ def test_a_tensor_fixed_as_staged_streams_its_unit_and_counts_in_the_ring() -> N
     with pytest.raises(PlanError) as caught:
         plan(specs, 0, units=units, policy=policy)
     assert caught.value.smallest_budget == 2 * 5120
+    # the only streamed unit needs one slot
+    specs, units = model([[2048], [256]])
+    assert plan(specs, 2048 + 256, units=units, policy=pattern_policy({"u0.*": STAGED})).slots == 1
 
 
 @settings(deadline=None)

@@ -334,7 +334,7 @@ def test_what_lies_outside_the_containers_is_split_to_fit_their_slot() -> None:
 
 def test_a_small_container_does_not_set_the_slot_for_everything_else() -> None:
     blocks = {f"block{i}": block(512, 2048) for i in range(12)}
-    tree = module("Net", **blocks, classifier=listed(linear(300, 512), linear(300, 300), kind="Sequential"))("")
+    tree = module("Net", **blocks, classifier=listed(linear(1000, 512), linear(1000, 1000), kind="Sequential"))("")
     assert names(choose_units(tree, nbytes_of(tree) // 4)) == [*blocks, "classifier.0", "classifier.1"]
 
 
