@@ -37,12 +37,13 @@ class HostStore:
     """
 
     def __init__(
-        self, specs: Mapping[str, TensorSpec], units: Mapping[str, tuple[str, ...]], device: str
+        self, specs: Mapping[str, TensorSpec], units: Mapping[str, tuple[str, ...]], device: str, *, pinned: bool
     ) -> None:
         self._specs = dict(specs)
         self._nbytes = sum(spec.nbytes for spec in specs.values())
         self._units = dict(units)
         self._device = device
+        self._pinned = pinned
         self._lock = threading.RLock()
         self._closed = False
         self._of_unit = {unit: Region.of({n: specs[n] for n in names}) for unit, names in units.items()}
@@ -54,7 +55,12 @@ class HostStore:
     # ----------------------------------------------------------------------------------------- creation
     @classmethod
     def allocate(
-        cls, specs: Mapping[str, TensorSpec], *, units: Units | None = None, device: str | int | None = None
+        cls,
+        specs: Mapping[str, TensorSpec],
+        *,
+        units: Units | None = None,
+        device: str | int | None = None,
+        pinned: bool = True,
     ) -> HostStore:
         """Allocate a store for tensors that are copied into it later; until then their bytes are zero.
 
@@ -69,6 +75,8 @@ class HostStore:
             What is staged together: unit name to tensor names, or a plan's units. Tensors may be in none.
         device
             For which device; the first CUDA device by default, or the CPU driver where there is none.
+        pinned
+            False gives pageable memory; see `HostBuffer.allocate`.
 
         Raises
         ------
@@ -80,7 +88,7 @@ class HostStore:
         for name, spec in specs.items():
             if not isinstance(name, str) or not isinstance(spec, TensorSpec):
                 raise SpecError(f"specs maps names to TensorSpec, but {name!r} to {spec!r}")
-        return cls(specs, checked_units(specs, units), open_driver(device).device)
+        return cls(specs, checked_units(specs, units), open_driver(device).device, pinned=pinned)
 
     @classmethod
     def copy_of(
@@ -175,7 +183,12 @@ class HostStore:
 
     @property
     def pinned_nbytes(self) -> int:
-        """Bytes of the buffers that are allocated by now: tensors, and less than 256 bytes between two."""
+        """Pinned bytes of the buffers that are allocated by now: tensors, and less than 256 bytes between two."""
+        return self.host_nbytes if self._pinned else 0
+
+    @property
+    def host_nbytes(self) -> int:
+        """Bytes of the buffers that are allocated by now, pinned or not."""
         with self._lock:
             return sum(buffer.nbytes for buffer in self._buffers())
 
@@ -246,7 +259,9 @@ class HostStore:
             if self._closed:
                 raise ClosedError(f"this store of {format_nbytes(self.nbytes)} is closed; make a new one")
             if region.buffer is None:
-                region.buffer = HostBuffer.allocate(region.buffer_nbytes, device=self._device)
+                region.buffer = HostBuffer.allocate(
+                    region.buffer_nbytes, device=self._device, pinned=self._pinned
+                )
             return region.buffer
 
     def _buffers(self) -> list[HostBuffer]:

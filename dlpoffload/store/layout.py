@@ -42,9 +42,8 @@ class Region:
     @classmethod
     def of(cls, specs: Mapping[str, TensorSpec]) -> Region:
         """Lay tensors out in one buffer, each aligned to 256 bytes."""
-        # Empty tensors lie at the start: behind the last byte they would make the slab longer.
-        layout = lay_out({name: spec for name, spec in specs.items() if spec.nbytes})
-        return cls(specs, {name: layout.byte_offsets.get(name, 0) for name in specs}, layout.nbytes)
+        layout = lay_out(specs)
+        return cls(specs, layout.byte_offsets, layout.nbytes)
 
     @property
     def buffer_nbytes(self) -> int:

@@ -370,11 +370,11 @@ def refusing(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     left = [0]
     allocate = HostBuffer.allocate.__func__
 
-    def limited(cls: type[HostBuffer], nbytes: int, *, device: Any = None) -> HostBuffer:
+    def limited(cls: type[HostBuffer], nbytes: int, **options: Any) -> HostBuffer:
         if not left[0]:
             raise HostMemoryError("no more", nbytes=nbytes)
         left[0] -= 1
-        return allocate(cls, nbytes, device=device)
+        return allocate(cls, nbytes, **options)
 
     monkeypatch.setattr(HostBuffer, "allocate", classmethod(limited))
     return left
@@ -394,6 +394,24 @@ def test_copy_of_that_is_refused_half_way_frees_everything(
             HostStore.copy_of(source, units=UNITS, device="cpu")
         lifetime.drain()
         assert live_buffers() == before
+
+
+def test_progress_of_a_mapping_and_its_end(weights: dict[str, Any]) -> None:
+    nbytes = sum(array.nbytes for array in weights.values())
+    seen: list[tuple[int, int]] = []
+
+    def stop(done: int, total: int) -> None:
+        seen.append((done, total))
+        if done == total:
+            raise KeyboardInterrupt
+
+    before = live_buffers()
+    try:
+        HostStore.copy_of(weights, units=UNITS, device="cpu", progress=stop)
+    except KeyboardInterrupt:
+        assert live_buffers() == before  # freed at once, not when the traceback goes
+    assert seen == sorted(seen)
+    assert seen[-1] == (nbytes, nbytes)
 
 
 def test_copy_into_that_is_refused_keeps_the_rest(weights: dict[str, Any], refusing: list[int]) -> None:
