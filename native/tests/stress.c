@@ -110,6 +110,31 @@ static void stress_fork(void) {
     }
 }
 
+static void *hammer(void *argument) {
+    (void)argument;
+    while (!atomic_load(&done)) dlpo_reclaim_wake();
+    return NULL;
+}
+
+/* A fork while another thread is inside the lock: the child must find it open. */
+static void stress_fork_under_lock(void) {
+    pthread_t thread;
+    atomic_store(&done, false);
+    check(!pthread_create(&thread, NULL, hammer, NULL), "no thread");
+    for (int i = 0; i < 300; i++) {
+        pid_t child = fork();
+        if (child == 0) {
+            alarm(10);
+            dlpo_reclaim_wake();
+            _exit(dlpo_reclaim_wait(0) ? 0 : 1);
+        }
+        int status = 1;
+        check(waitpid(child, &status, 0) == child && status == 0, "a child found the lock held");
+    }
+    atomic_store(&done, true);
+    pthread_join(thread, NULL);
+}
+
 static void stress_pages(void) {
     size_t nbytes = ((size_t)70 << 20) + 3;
     void *address;
@@ -123,6 +148,7 @@ int main(void) {
     check(!dlpo_owner_setup() && !dlpo_owner_setup(), "no setup");
     stress_owners();
     stress_fork();
+    stress_fork_under_lock();
     stress_pages();
     puts("ok");
     return 0;

@@ -82,9 +82,7 @@ def test_every_dtype_round_trips(native: ModuleType, owner: Any, name: str, vers
     assert imported.flags == 0
 
 
-NUMPY_DTYPES = [
-    name for name in dtype_names() if name in ("bool", *np.sctypeDict) and np.dtype(name).name == name
-]
+NUMPY_DTYPES = [name for name in dtype_names() if name in ("bool", *np.sctypeDict) and np.dtype(name).name == name]
 
 
 @pytest.mark.parametrize("name", NUMPY_DTYPES)
@@ -139,9 +137,7 @@ def test_numpy_reads_scalars_empty_and_strided_tensors(native: ModuleType, owner
 
 
 @pytest.mark.parametrize("device", [(1, 0), (2, 3), (3, 7), (13, 0), (18, (1 << 31) - 1)])
-def test_every_label_round_trips(
-    native: ModuleType, owner: Any, device: tuple[int, int], versioned: bool
-) -> None:
+def test_every_label_round_trips(native: ModuleType, owner: Any, device: tuple[int, int], versioned: bool) -> None:
     assert native.consume(make(native, owner, device=device, versioned=versioned)).device == device
 
 
@@ -220,9 +216,7 @@ def fail() -> Any:
 
 
 @pytest.mark.parametrize("kind", ["capsule", "import", "reference"])
-def test_destructors_keep_a_pending_exception(
-    native: ModuleType, owner: Any, kind: str, versioned: bool
-) -> None:
+def test_destructors_keep_a_pending_exception(native: ModuleType, owner: Any, kind: str, versioned: bool) -> None:
     def thing() -> Any:
         if kind == "reference":
             return owner.reference()
@@ -341,31 +335,45 @@ def test_an_index_that_raises_is_heard(native: ModuleType, owner: Any) -> None:
     assert owner.users == 0
 
 
-def test_nothing_leaks(native: ModuleType, owner: Any) -> None:
-    class Mallinfo(ctypes.Structure):
-        _fields_ = [
-            (name, ctypes.c_size_t) for name in "arena o s h mmapped u f used free keep".split()
-        ]
+class Mallinfo(ctypes.Structure):
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    )
 
+
+def test_nothing_leaks(native: ModuleType, owner: Any) -> None:
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallinfo2"):
         pytest.skip("this C library does not count its allocations")
     libc.mallinfo2.restype = Mallinfo
 
-    def round_trips(count: int) -> int:
+    def round_trips(count: int) -> tuple[int, int, int]:
         for i in range(count):
-            native.consume(make(native, owner, versioned=bool(i % 2)))
-            make(native, owner.reference(), versioned=bool(i % 2))
-            native.Owner(5)
+            # fresh integers: a leaked reference to a constant would not show
+            pointer, shape, nothing = ADDRESS + i % 2, (300 + i % 2, 1), (1 << 64) + i
+            native.consume(make(native, owner, pointer=pointer, shape=shape, versioned=bool(i % 2)))
+            make(native, owner.reference(), pointer=pointer, versioned=bool(i % 2))
+            native.Owner(1000 + i)
             native.reclaim_drain()
+            for wrong in ({"pointer": nothing}, {"shape": (nothing, 1)}):
+                with pytest.raises(OverflowError):
+                    make(native, owner, **wrong)
             for arguments, error, _ in BAD[i % 7 :: 7]:
                 with pytest.raises(error):
                     make(native, owner, **arguments)
         gc.collect()
-        return int(libc.mallinfo2().used)
+        types = sum(map(sys.getrefcount, (native.Owner, native.Reference, native.Import)))
+        return int(libc.mallinfo2().uordblks), sys.getallocatedblocks(), types
 
-    before = round_trips(200)
-    if before == 0:
-        pytest.skip("a sanitizer has taken malloc's place")
+    malloced, blocks, references = round_trips(200)
+    if malloced == 0:
+        pytest.skip("a sanitizer has taken malloc's place and counts leaks itself")
     count = 4000
-    assert round_trips(count) - before < 16 * count  # the smallest allocation is 24 bytes
+    malloced_after, blocks_after, references_after = round_trips(count)
+    assert malloced_after - malloced < 16 * count  # the smallest allocation is 24 bytes
+    assert blocks_after - blocks < count // 7  # the rarest case runs count / 7 times
+    assert references_after == references
