@@ -40,7 +40,7 @@ _PAGE: Final = mmap.PAGESIZE
 
 @dataclass(eq=False, slots=True)
 class Block:
-    """One piece of memory and its owner. `host_pointer` or `device_pointer` is None where the other side cannot reach."""
+    """One piece of memory and its owner; `host_pointer` or `device_pointer` is None where that side cannot reach."""
 
     owner: _native.Owner
     driver: Driver | None
@@ -166,9 +166,7 @@ def allocate_pinned(nbytes: int, driver: Driver) -> Block:
     return _pinned_block(pointer, nbytes, driver, used, release, read_only=False)
 
 
-def register(
-    pointer: int, nbytes: int, driver: Driver, *, read_only: bool, access: Access, keepalive: object
-) -> Block:
+def register(pointer: int, nbytes: int, driver: Driver, *, read_only: bool, access: Access, keepalive: object) -> Block:
     """Pin memory in place, or adopt it when it is pinned already; `keepalive` is dropped after it is unpinned."""
     lifetime.drain()
     kept = [keepalive]
@@ -251,7 +249,8 @@ def _device_pointer(pointer: int, nbytes: int, driver: Driver, used: list[_Regis
         if driver.host_device_pointer(border) - first != border - pointer:
             raise RegistrationError(
                 f"{format_nbytes(nbytes)} lie in more than one registration, and on {driver.device} their device "
-                f"addresses are not adjacent; use buffers of at most {format_nbytes(MAX_REGISTRATION)} that share no page"
+                "addresses are not adjacent; use buffers that share no page, of at most "
+                f"{format_nbytes(MAX_REGISTRATION)}"
             )
     return first
 
@@ -264,8 +263,8 @@ def _pinned_by_others(pointer: int, nbytes: int, driver: Driver) -> bool:
     return all(driver.pointer_info(end).kind == "pinned" for end in ends)
 
 
-def allocate_pageable(nbytes: int) -> Block:
-    """Map anonymous memory that is not pinned: the home of copies that a consumer on the CPU asked for."""
+def allocate_pageable(nbytes: int, driver: Driver | None = None) -> Block:
+    """Map anonymous memory that is not pinned. With a `driver`, copies enqueued out of it end before it is unmapped."""
     if nbytes >= _UNCHECKED:  # reading the limits takes longer than a small copy
         check_host_budget(nbytes)
     size = max(nbytes, 1)
@@ -273,8 +272,14 @@ def allocate_pageable(nbytes: int) -> Block:
         pointer = _native.map_anonymous(size, _PAGE, False)
     except OSError as error:
         raise _refused(nbytes, "map", error) from error
-    owner = lifetime.own("pageable", nbytes, lambda: _native.unmap(pointer, size))
-    return Block(owner, None, nbytes, pointer, None, pinned=False)
+
+    def release() -> None:
+        if driver is not None:
+            driver.synchronize()
+        _native.unmap(pointer, size)
+
+    owner = lifetime.own("pageable", nbytes, release)
+    return Block(owner, driver, nbytes, pointer, None, pinned=False)
 
 
 def adopt_device(pointer: int, nbytes: int, driver: Driver, *, read_only: bool, keepalive: object) -> Block:

@@ -7,8 +7,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any, ClassVar, Self
 
-from . import _native
-from .blocks import Block, adopt_device, allocate_device, allocate_pinned, pinned_nbytes, register
+from .blocks import Block, adopt_device, allocate_device, allocate_pageable, allocate_pinned, pinned_nbytes, register
 from .driver import Driver, open_driver
 from .errors import AliasError, ClosedError, RegistrationError, SpecError
 from .lifetime import drain, live, release_now
@@ -62,12 +61,11 @@ class _Buffer:
         AliasError
             The device cannot map host memory.
         """
-        pointer = self._open_block().device_pointer
-        if pointer is None:
-            raise AliasError(
-                f"{self.device} cannot map host memory, so these bytes have no device address; copy them instead"
-            )
-        return pointer
+        block = self._open_block()
+        if block.device_pointer is None:
+            why = f"{self.device} cannot map host memory" if block.pinned else f"this {self._kind} is not pinned"
+            raise AliasError(f"{why}, so these bytes have no device address; copy them instead")
+        return block.device_pointer
 
     @property
     def live_views(self) -> int:
@@ -96,6 +94,8 @@ class _Buffer:
         offset = checked_range(spec, byte_offset, base, block.nbytes, self._kind)
         if label is Label.DEVICE:
             _ = self.device_pointer  # says why when there is none
+        elif label is not Label.CPU and not block.pinned:
+            raise AliasError(f'this {self._kind} is not pinned, so its views cannot be labelled "{label.value}"')
         try:
             return View(
                 block.owner,
@@ -166,7 +166,7 @@ class HostBuffer(_Buffer):
     _kind = "host buffer"
 
     @classmethod
-    def allocate(cls, nbytes: int | str, *, device: str | int | None = None) -> HostBuffer:
+    def allocate(cls, nbytes: int | str, *, device: str | int | None = None, pinned: bool = True) -> HostBuffer:
         """Allocate pinned, mapped host memory. Its bytes are zero.
 
         Parameters
@@ -175,6 +175,8 @@ class HostBuffer(_Buffer):
             How many, at least one; an int or a string such as ``"2GiB"``.
         device
             For which device; the first CUDA device by default, or the CPU driver where there is none.
+        pinned
+            False gives pageable memory: it has no device pointer, and copies out of it are slow.
 
         Raises
         ------
@@ -186,7 +188,7 @@ class HostBuffer(_Buffer):
         count = parse_nbytes(nbytes)
         if count == 0:
             raise SpecError("nbytes=0; a host buffer holds at least one byte")
-        return cls(allocate_pinned(count, open_driver(device)))
+        return cls((allocate_pinned if pinned else allocate_pageable)(count, open_driver(device)))
 
     @classmethod
     def register(cls, producer: Any, *, device: str | int | None = None) -> HostBuffer:

@@ -6,8 +6,7 @@ Source: the Python array API standard, ``__dlpack__`` and ``__dlpack_device__``;
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum
 from functools import partial
 from typing import Any, Final
@@ -19,7 +18,7 @@ from .errors import AliasError, ClosedError, DriverNotFoundError, SpecError
 from .lifetime import own
 from .spec import DType, TensorSpec, dtype, format_nbytes, parse_nbytes
 
-__all__ = ["CPU", "CUDA", "CUDA_HOST", "Label", "View", "copied_nbytes", "copy_elements", "view_of"]
+__all__ = ["CPU", "CUDA", "CUDA_HOST", "Label", "View", "checked_range", "copied_nbytes", "copy_elements", "view_of"]
 
 CPU: Final = 1
 CUDA: Final = 2
@@ -389,7 +388,8 @@ def copy_elements(source: View, block: Block, driver: Driver | None) -> TensorSp
         return packed
     pointer = source.pointer if source.host_pointer is None else source.host_pointer
     target = block.device_pointer if block.host_pointer is None else block.host_pointer
-    assert driver is not None and target is not None
+    assert driver is not None
+    assert target is not None
     driver.copy(target, pointer, spec.nbytes)
     return spec
 

@@ -207,13 +207,16 @@ def test_copy_in_dlpack_is_the_one_place_where_the_argument_says(maker: Maker, l
 
 def test_a_staged_unit_is_a_copy_in_a_slot_and_the_leases_views_share_the_slot() -> None:
     specs = {"w": TensorSpec((NBYTES,), "uint8")}
-    with dlpo.HostStore.allocate(specs, units={"unit": ("w",)}, device="cpu") as store:
-        with dlpo.SlotRing({"unit": store.slab("unit")}, device="cpu") as ring:
-            with ring.prefetch("unit") as views:
-                assert shared(raw(store.host_view("w")), raw(views["w"])) == {False}
-            with ring.prefetch("unit") as again:
-                assert shared(raw(views["w"]), raw(again["w"])) == {True}
-            del views, again
+    with (
+        dlpo.HostStore.allocate(specs, units={"unit": ("w",)}, device="cpu") as store,
+        dlpo.SlotRing({"unit": store.slab("unit")}, device="cpu") as ring,
+    ):
+        with ring.prefetch("unit") as views:
+            staged = views["w"]
+            assert shared(raw(store.host_view("w")), raw(staged)) == {False}
+        with ring.prefetch("unit") as again:
+            assert shared(raw(staged), raw(again["w"])) == {True}
+        del views, again, staged
 
 
 # ------------------------------------------------------------------------------------------- the tables agree

@@ -49,7 +49,6 @@ def pinned_nbytes() -> int:
     return dlpo.pinned_nbytes() - pinned_before
 
 
-
 def wait_until(happened: Callable[[], bool], what: str) -> None:
     deadline = time.monotonic() + 10
     while not happened():
@@ -245,14 +244,16 @@ def test_with_closes_and_reports_live_views() -> None:
 
 
 def test_with_never_hides_the_exception_on_its_way_out() -> None:
-    with pytest.raises(KeyError) as caught, dlpo.HostBuffer.allocate(PAGE, device="cpu") as buffer:
-        view = buffer.host_view((1,), "int8")
+    kept: list[dlpo.View] = []
+    buffer = dlpo.HostBuffer.allocate(PAGE, device="cpu")
+    kept.append(buffer.host_view((1,), "int8"))
+    with pytest.raises(KeyError) as caught, buffer:
         raise KeyError("the user's own")
     assert any("1 live view" in note for note in caught.value.__notes__)
     assert buffer.closed
-    pointer = view.pointer
+    pointer = kept[0].pointer
     assert is_mapped(pointer)  # the view is still good
-    del view, caught
+    kept.clear()
     wait_until(lambda: not live_buffers(), "the last view's end")
     assert not is_mapped(pointer)
 

@@ -208,9 +208,7 @@ def test_a_system_that_says_nothing_refuses_nothing(tree: Tree, monkeypatch: pyt
     check_host_budget(1 << 60, limits)
 
 
-@pytest.mark.parametrize(
-    "version", ["Linux version 5.15.153.1-microsoft-standard-WSL2", "Linux 4.4.0-Microsoft"]
-)
+@pytest.mark.parametrize("version", ["Linux version 5.15.153.1-microsoft-standard-WSL2", "Linux 4.4.0-Microsoft"])
 def test_wsl_is_recognised_and_named_in_the_remedy(tree: Tree, version: str) -> None:
     limits = host_limits(tree({**LINUX, "proc/version": version}))
     assert limits.is_wsl

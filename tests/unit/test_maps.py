@@ -46,7 +46,9 @@ def test_mappings_are_those_that_share_a_byte_with_the_range(maps: Path) -> None
     assert paths(page(1) - 1, page(1) + 1) == ["/data/model.safetensors (deleted)", "/data/shared rw"]
     assert paths(page(1), page(1) + 1) == ["/data/shared rw"]
     assert paths(0x1000, 0x2000) == []
-    assert paths(0, 1 << 64) == [line.split(maxsplit=5)[5] if len(line.split()) > 5 else "" for line in MAPS.splitlines()]
+    assert paths(0, 1 << 64) == [
+        line.split(maxsplit=5)[5] if len(line.split()) > 5 else "" for line in MAPS.splitlines()
+    ]
 
 
 def test_a_line_is_read_field_by_field(maps: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -156,9 +157,9 @@ def test_a_layout_aligns_all_and_overlaps_none(tensors: list[tuple[tuple[int, ..
     layout = lay_out(specs)
     spans = sorted((layout.byte_offsets[n], layout.byte_offsets[n] + s.nbytes) for n, s in specs.items() if s.nbytes)
     assert all(start % ALIGNMENT == 0 for start in layout.byte_offsets.values())
-    assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
     assert layout.nbytes == max((end for _, end in spans), default=0)
-    gaps = [start - end for (_, end), (start, _) in zip(spans, spans[1:], strict=False)]
+    gaps = [start - end for (_, end), (start, _) in itertools.pairwise(spans)]
     assert all(gap < ALIGNMENT for gap in gaps)
 
 
