@@ -32,7 +32,7 @@ export PIP_NO_INPUT := 1
 RUN := PYTHONSAFEPATH=1 $(VENV)/bin/python
 PIP := $(VENV)/bin/python -m pip -qq
 
-PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])')
+PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null)
 MADE := $(VENV)/.stamp-python-$(PYTHON_VERSION)
 WHEEL := $(VENV)/.stamp-wheel
 INSTALLED := $(VENV)/.stamp-installed
@@ -43,6 +43,7 @@ help:
 	@sed -n 's/^#   //p' Makefile
 
 $(MADE):
+	@test -n "$(PYTHON_VERSION)" || { echo "$(PYTHON) does not run; say make PYTHON=/path/to/python3.11 or newer" >&2; exit 1; }
 	@echo "==> $(VENV): a new environment with Python $(PYTHON_VERSION)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "dlpoffload needs Python 3.11 or newer; say make PYTHON=python3.x")'
 	@rm -rf $(VENV)

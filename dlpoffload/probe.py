@@ -33,9 +33,7 @@ def wrong_bytes(driver: Driver, nbytes: int) -> dict[str, int]:
         return _wrong_bytes(driver, buffer, witness, there, stream)
 
 
-def _wrong_bytes(
-    driver: Driver, buffer: HostBuffer, witness: HostBuffer, there: int, stream: int
-) -> dict[str, int]:
+def _wrong_bytes(driver: Driver, buffer: HostBuffer, witness: HostBuffer, there: int, stream: int) -> dict[str, int]:
     view = buffer.device_view((buffer.nbytes,), "uint8")
     wrong = {}
     for seed, (name, writer, source, destination, reader) in enumerate(

@@ -111,6 +111,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 def pytest_configure() -> None:
     _required()
+    # JAX would otherwise take three quarters of the device before torch's tests begin.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
 def pytest_report_header() -> list[str]:
@@ -188,9 +190,7 @@ def no_leaked_buffers(request: pytest.FixtureRequest) -> Iterator[None]:
         if not leaked:
             return
         if time.monotonic() >= deadline:
-            pytest.fail(
-                f"left alive by this test, as (kind, nbytes): {list(leaked.elements())}", pytrace=False
-            )
+            pytest.fail(f"left alive by this test, as (kind, nbytes): {list(leaked.elements())}", pytrace=False)
         time.sleep(0.01)
 
 

@@ -321,9 +321,7 @@ def test_a_device_that_cannot_map_is_told_apart_from_one_that_fails() -> None:
 # ----------------------------------------------------------------------------------------------- command
 
 
-def test_the_table_says_everything(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_table_says_everything(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "100")
     assert cli.main(["doctor", "--device", "cpu"]) == 0
     out, err = capsys.readouterr()

@@ -50,7 +50,7 @@ DOORS: dict[str, set[str]] = {
     "jax": {"jax"},
     "jaxlib": {"jax"},
     "numpy": {"jax"},
-    "rich": {"cli", "planning"},
+    "rich": {"cli", "planning", "torch.report"},
     "safetensors": {"checkpoint"},
     "_native": {"blocks", "lifetime", "memory", "view"},
 }
@@ -113,11 +113,7 @@ def foreign(source: str, module: str, *, is_package: bool = False) -> set[str]:
 
 
 def wrong_doors(found: set[str], module: str) -> set[str]:
-    return {
-        name
-        for name in found
-        if not any(f"{module}.".startswith(f"{door}.") for door in DOORS.get(name, set()))
-    }
+    return {name for name in found if not any(f"{module}.".startswith(f"{door}.") for door in DOORS.get(name, set()))}
 
 
 # ------------------------------------------------------------------------------------------------- tests
@@ -195,13 +191,9 @@ def test_the_package_itself_imports_nothing_at_once() -> None:
 
 def newly_loaded(code: str) -> set[str]:
     """Modules that `code` loads in a fresh interpreter."""
-    script = (
-        f"import sys\nbefore = set(sys.modules)\n{code}\nprint('\\n'.join(sorted(set(sys.modules) - before)))"
-    )
+    script = f"import sys\nbefore = set(sys.modules)\n{code}\nprint('\\n'.join(sorted(set(sys.modules) - before)))"
     environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
-    run = subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
-    )
+    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     return set(run.stdout.split())
 
 
