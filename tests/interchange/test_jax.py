@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,9 +30,16 @@ REFUSED = ["int2", "int4", "uint1", "uint2", "uint4", "complex32", "float6_e2m3f
 
 @pytest.fixture
 def buffer(rng: Any) -> Iterator[dlpo.HostBuffer]:
-    with dlpo.HostBuffer.allocate(4096, device="cpu") as buffer:
-        buffer.memoryview()[:] = rng.integers(0, 256, 4096, dtype=np.uint8).tobytes()
-        yield buffer
+    buffer = dlpo.HostBuffer.allocate(4096, device="cpu")
+    buffer.memoryview()[:] = rng.integers(0, 256, 4096, dtype=np.uint8).tobytes()
+    yield buffer
+    # XLA drops the last reference to an array's memory on a thread of its own.
+    for _ in range(1000):
+        gc.collect()
+        if not buffer.live_views:
+            break
+        time.sleep(0.01)
+    buffer.close()
 
 
 @pytest.fixture

@@ -82,7 +82,11 @@ def test_every_dtype_round_trips(native: ModuleType, owner: Any, name: str, vers
     assert imported.flags == 0
 
 
-NUMPY_DTYPES = [name for name in dtype_names() if name in ("bool", *np.sctypeDict) and np.dtype(name).name == name]
+NUMPY_DTYPES = [
+    "bool",
+    *(f"{kind}int{bits}" for kind in ("", "u") for bits in (8, 16, 32, 64)),
+    *("float16", "float32", "float64", "complex64", "complex128"),
+]
 
 
 @pytest.mark.parametrize("name", NUMPY_DTYPES)
@@ -97,10 +101,6 @@ def test_numpy_reads_the_same_bytes(native: ModuleType, owner: Any, name: str, v
     assert owner.users == 1
     del array
     assert owner.users == 0
-
-
-def test_numpy_dtypes_are_among_the_tested() -> None:
-    assert {"bool", "int8", "uint64", "float16", "float64", "complex128"} <= set(NUMPY_DTYPES)
 
 
 @pytest.mark.parametrize(
