@@ -9,7 +9,7 @@ import ctypes
 from collections.abc import Callable, Sequence
 from enum import Enum
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 from . import _native
 from .blocks import Block, allocate_device, allocate_pageable, allocate_pinned
@@ -179,6 +179,10 @@ class View:
             read_only=self.read_only,
             ready=self._ready,
         )
+
+    def __array__(self, *args: Any, **options: Any) -> NoReturn:
+        """Refuse: without this, ``numpy.asarray`` would wrap the view in an array of objects and say nothing."""
+        raise AliasError(f"numpy.asarray({self!r}) would not view its elements; use numpy.from_dlpack(view)")
 
     # ------------------------------------------------------------------------------------------ DLPack
     def __dlpack_device__(self) -> tuple[int, int]:

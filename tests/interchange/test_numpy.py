@@ -235,3 +235,9 @@ def test_an_empty_array_cannot_be_registered_or_copied() -> None:
         dlpo.HostBuffer.register(np.zeros((0, 3)), device="cpu")
     with pytest.raises(SpecError, match="nbytes=0"):
         dlpo.HostBuffer.copy_of(np.zeros((0, 3)), device="cpu")
+
+
+def test_asarray_is_refused_by_name(buffer: dlpo.HostBuffer) -> None:
+    view = buffer.host_view((4,), "int8")
+    with pytest.raises(BufferError, match="numpy.from_dlpack"):
+        np.asarray(view)
