@@ -36,7 +36,7 @@ class Timelines:
     def __init__(self, driver: Driver, slots: Sequence[Slot]) -> None:
         self._driver = driver
         self._captures: dict[int, Timeline] = {}
-        self._steps: dict[int, list[Timeline]] = {}  # begun and not ended, by stream
+        self._steps: list[tuple[int, Timeline]] = []  # begun and not ended, and on which stream
         self._parts_captured = False
         self.eager = Timeline.make(driver, slots)
 
@@ -60,7 +60,6 @@ class Timelines:
 
     def _captured(self, capture: int, stream: int) -> Timeline:
         """A timeline for a capture that is met for the first time."""
-        self.eager.forget()
         with self._driver.relaxed():
             # What eager work left under way must not meet the graph's first replay.
             self.eager.drain()
@@ -105,16 +104,15 @@ class Timelines:
             elif self.shared:
                 timeline.fork(stream)
         timeline.steps += 1
-        self._steps.setdefault(stream, []).append(timeline)
+        self._steps.append((stream, timeline))
 
     def end_step(self, stream: int) -> None:
         """See `SlotRing.end_step`."""
-        begun = self._steps.get(stream)
-        if not begun:
+        if not self._steps:
             return
-        timeline = begun.pop()
-        if not begun:
-            del self._steps[stream]
+        # Whoever changed streams in between ends the latest step.
+        begun = [index for index, (on, _) in enumerate(self._steps) if on == stream]
+        _, timeline = self._steps.pop(begun[-1] if begun else -1)
         timeline.steps -= 1
         try:
             # A capture that broke, or that was ended before its step, has nothing left to join.

@@ -29,10 +29,13 @@ def measure_link(driver: Driver, *, nbytes: int | str = "1GiB", repeat: int = 20
     Needs `nbytes` of host and of device memory while it runs.
     """
     count = parse_nbytes(nbytes)
-    with driver.current(), HostBuffer.allocate(count, device=driver.device) as host:
-        with DeviceBuffer.allocate(count, device=driver.device) as device:
-            down = _rate(driver, device.device_pointer, host.host_pointer, count, repeat)
-            up = _rate(driver, host.host_pointer, device.device_pointer, count, repeat)
+    with (
+        driver.current(),
+        HostBuffer.allocate(count, device=driver.device) as host,
+        DeviceBuffer.allocate(count, device=driver.device) as device,
+    ):
+        down = _rate(driver, device.device_pointer, host.host_pointer, count, repeat)
+        up = _rate(driver, host.host_pointer, device.device_pointer, count, repeat)
     return Link(driver.device, count, down, up)
 
 

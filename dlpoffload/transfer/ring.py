@@ -10,107 +10,38 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from types import TracebackType
-from typing import Literal, Protocol
+from typing import Literal
 
 from ..driver import Driver, open_driver
-from ..errors import ClosedError, SlotError
+from ..errors import ClosedError, CudaError, SlotError, SpecError
 from ..memory import DeviceBuffer
 from ..slab import Slab
 from ..spec import ALIGNMENT, aligned, format_nbytes
-from ..view import View
-from .capture import Horizon, Timeline, Timelines
+from .capture import Horizon, Timelines
+from .lease import Lease, StreamLike, stream_handle
 from .slots import Slot, SlotState
 from .stats import Stopwatch, TransferStats
+from .timeline import Timeline
 
-__all__ = ["Lease", "SlotRing", "StreamLike", "stream_handle"]
-
-
-class StreamLike(Protocol):
-    """An object with ``__cuda_stream__``, such as cuda.core's streams: returns (version, handle)."""
-
-    def __cuda_stream__(self) -> tuple[int, int]: ...
-
-
-def stream_handle(stream: int | StreamLike) -> int:
-    """The handle of a stream given as an int or as an object with ``__cuda_stream__``."""
-    if isinstance(stream, int):
-        return stream
-    _version, handle = stream.__cuda_stream__()
-    return int(handle)
-
-
-class Lease:
-    """A unit's hold on a slot, from `SlotRing.prefetch` until `release`.
-
-    As a context manager it gives the views of the unit's tensors: entering makes the stream wait for the copy,
-    leaving marks the slot's last reader.
-
-    Attributes
-    ----------
-    unit : str
-    slot : Slot or None
-        None when no slot was free: the unit then runs from its mapped views.
-    """
-
-    __slots__ = ("_released", "_ring", "_state", "_timeline", "slot", "stream", "unit")
-
-    def __init__(self, ring: SlotRing, unit: str, stream: int, timeline: Timeline, state: SlotState | None) -> None:
-        self._ring = ring
-        self._timeline = timeline
-        self._state = state
-        self._released = False
-        self.unit = unit
-        self.stream = stream
-        self.slot = None if state is None else state.slot
-
-    def wait(self) -> None:
-        """Make the lease's stream wait for the unit's copy. Asynchronous, except on the CPU driver's stream 0."""
-        self._ring._wait(self)
-
-    def share(self, stream: int | StreamLike) -> Lease:
-        """Lease the same slot once more, for another reader of the unit on `stream`."""
-        return self._ring._share(self, stream_handle(stream))
-
-    def release(self) -> None:
-        """Mark what is enqueued on the lease's stream so far as the slot's last reader there. Idempotent."""
-        if not self._released:
-            self._released = True
-            self._ring._release(self)
-
-    @property
-    def views(self) -> dict[str, View]:
-        """View the unit's tensors in the slot, or mapped from the host where there was none.
-
-        *Lifetime*: the views are good until `release`; afterwards the slot's bytes become another unit's.
-        """
-        slab = self._ring.slabs[self.unit]
-        if self.slot is None:
-            return {name: slab.device_view(name) for name in slab.specs}
-        buffer = self.slot.buffer
-        return {
-            name: buffer.device_view(
-                spec.shape, spec.dtype, strides=spec.strides, byte_offset=slab.byte_offsets[name]
-            )
-            for name, spec in slab.specs.items()
-        }
-
-    def __enter__(self) -> dict[str, View]:
-        self.wait()
-        return self.views
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.release()
+__all__ = ["SlotRing"]
 
 
 def _dispose(driver: Driver, stopwatch: Stopwatch, timelines: Timelines) -> None:
     with driver.current(), driver.relaxed():
-        timelines.drain()
-        stopwatch.close()
-        timelines.close()
+        try:
+            with suppress(CudaError):  # work that failed has ended, too; `close` is where one hears of it
+                timelines.drain()
+        finally:
+            stopwatch.close()
+            timelines.close()
+
+
+def _check_device(what: str, found: str, wanted: str) -> None:
+    if found != wanted:
+        raise SlotError(f"{what} is made for {found}, but the ring is on {wanted}; make both for the same device")
 
 
 class SlotRing:
@@ -133,7 +64,10 @@ class SlotRing:
     Raises
     ------
     SlotError
-        No units, or fewer than one slot.
+        No units, fewer than one slot, a slab that is pinned for another kind of device, or a slot from `allocate` that
+        is too small or on another device.
+    SpecError
+        `when_full` is neither.
     DeviceMemoryError
         The device has no room; no slot stays allocated.
     """
@@ -151,9 +85,14 @@ class SlotRing:
             raise SlotError("a slot ring needs at least one unit to stage")
         if slots < 1:
             raise SlotError(f"slots={slots}; a ring needs at least one slot, and two to overlap copies with compute")
+        if when_full not in ("map", "error"):
+            raise SpecError(f'when_full={when_full!r}; a unit that finds no free slot is told to "map" or "error"')
         self.driver: Driver = open_driver(device)
         self.slabs = dict(slabs)
-        self.slot_nbytes = aligned(max(slab.nbytes for slab in slabs.values()), ALIGNMENT)
+        for unit, slab in self.slabs.items():
+            _check_device(f'the slab of unit "{unit}"', slab.buffer.device.partition(":")[0], self.driver.platform)
+        # Units of empty tensors only need an address all the same.
+        self.slot_nbytes = aligned(max(1, *(slab.nbytes for slab in slabs.values())), ALIGNMENT)
         self.stats = TransferStats()
         # Without mapped memory there is nothing to run from but a slot.
         self.when_full = when_full if self.driver.capabilities().map_host_memory else "error"
@@ -169,6 +108,7 @@ class SlotRing:
         try:
             for index in range(slots):
                 self.slots.append(Slot(index, allocate(self.slot_nbytes)))
+                self._check_slot(self.slots[-1])
             with self.driver.current():
                 self._stopwatch = Stopwatch(self.driver)
                 self._timelines = Timelines(self.driver, self.slots)
@@ -180,6 +120,14 @@ class SlotRing:
         # order the garbage goes. At exit the process frees everything.
         self._dispose = weakref.finalize(self, _dispose, self.driver, self._stopwatch, self._timelines)
         self._dispose.atexit = False
+
+    def _check_slot(self, slot: Slot) -> None:
+        _check_device(f"slot {slot.index}", slot.buffer.device, self.driver.device)
+        if slot.buffer.nbytes < self.slot_nbytes:
+            raise SlotError(
+                f"slot {slot.index} was allocated with {format_nbytes(slot.buffer.nbytes)}, but the largest unit needs "
+                f"{format_nbytes(self.slot_nbytes)}"
+            )
 
     @property
     def copy_stream(self) -> int:
@@ -193,7 +141,7 @@ class SlotRing:
 
     # --------------------------------------------------------------------------------------- enter, leave
     def prefetch(
-        self, unit: str, *, stream: int | StreamLike = 0, keep: Collection[str] = (), foreseen: bool = True
+        self, unit: str, *, stream: int | StreamLike = 0, keep: Sequence[str] = (), foreseen: bool = True
     ) -> Lease:
         """Enqueue the copy of a unit into a slot, unless one holds it, and lease that slot.
 
@@ -205,7 +153,7 @@ class SlotRing:
         stream
             The compute stream that will read the unit.
         keep
-            Units whose slots should be taken last, because they are needed soon.
+            Units whose slots should be taken last, because they are needed soon, in this order.
         foreseen
             False counts the copy as late.
 
@@ -233,18 +181,24 @@ class SlotRing:
                     )
                 else:
                     self.stats.mapped_runs += 1
-            if state is not None:
+            if state is None:
+                timeline.mapped_leases[unit] += 1
+            else:
                 state.leases += 1
                 state.last_use = next(self._uses)
             return Lease(self, unit, handle, timeline, state)
 
-    def look_ahead(self, units: list[str], *, stream: int | StreamLike = 0) -> None:
+    def look_ahead(self, units: Sequence[str], *, stream: int | StreamLike = 0) -> None:
         """Prefetch units that are needed next, in this order, into slots that are free; leases nothing.
 
-        Stops at the first unit that finds no slot: none is taken from a unit needed sooner.
+        Stops at the first unit that finds no slot: none is taken from a unit needed sooner. Does nothing where
+        `horizon` is none: a copy that nobody waits for would meet the replay of a graph.
         """
         handle = stream_handle(stream)
         with self._lock, self.driver.current():
+            self._check_open()
+            if self._timelines.horizon(handle) is Horizon.NONE:
+                return
             timeline = self._timelines.of(handle)
             for unit in units:
                 if timeline.holding(unit) is None:
@@ -254,16 +208,30 @@ class SlotRing:
                     self._copy(timeline, state, unit, self._slab(unit))
 
     def _share(self, lease: Lease, stream: int) -> Lease:
-        with self._lock:
-            if lease._released:
-                raise SlotError(f'the lease of unit "{lease.unit}" is released; prefetch the unit again')
-            if lease._state is not None:
+        with self._lock, self.driver.current():
+            lease._check()
+            self._check_border(lease, stream)
+            if lease._state is None:
+                lease._timeline.mapped_leases[lease.unit] += 1
+            else:
                 lease._state.leases += 1
             return Lease(self, lease.unit, stream, lease._timeline, lease._state)
 
-    def _slab(self, unit: str) -> Slab:
+    def _check_open(self) -> None:
         if self._closed:
             raise ClosedError("this slot ring is closed; make a new one")
+
+    def _check_border(self, lease: Lease, stream: int) -> None:
+        """Refuse to order work of a capture against work outside it: CUDA would, too, and break the capture."""
+        if self.driver.capture_id(stream) != lease._timeline.capture:
+            where = "inside" if lease._timeline.capture else "outside"
+            raise SlotError(
+                f'the lease of unit "{lease.unit}" was taken {where} a graph capture and is used across its border; '
+                "prefetch, use and release a unit on one side"
+            )
+
+    def _slab(self, unit: str) -> Slab:
+        self._check_open()
         slab = self.slabs.get(unit)
         if slab is None:
             raise SlotError(f'no unit "{unit}" in this ring; it stages {", ".join(map(repr, list(self.slabs)[:8]))}')
@@ -276,55 +244,78 @@ class SlotRing:
             driver.stream_wait_event(copy_stream, event)
         for event in timeline.written.get(unit, {}).values():
             driver.stream_wait_event(copy_stream, event)
-        start = None if timeline.captured else self._stopwatch.start(copy_stream)
-        driver.copy_async(state.slot.device_pointer, slab.host_pointer, slab.nbytes, copy_stream)
-        self._stopwatch.stop(start, copy_stream, slab.nbytes)
+        with self._timed(timeline, copy_stream, slab.nbytes):
+            driver.copy_async(state.slot.device_pointer, slab.host_pointer, slab.nbytes, copy_stream)
         driver.event_record(state.ready, copy_stream)
+        timeline.events.recycle(state.readers)
         state.holds = unit
+        state.last_use = next(self._uses)
         self.stats.copies += 1
         self.stats.copied_nbytes += slab.nbytes
 
+    def _timed(self, timeline: Timeline, stream: int, nbytes: int | None) -> AbstractContextManager[None]:
+        return nullcontext() if timeline.capture else self._stopwatch.timed(stream, nbytes)
+
     def _wait(self, lease: Lease) -> None:
-        state = lease._state
-        if state is None:
-            return
-        with self._lock, self.driver.current():
-            start = None if lease._timeline.captured else self._stopwatch.start(lease.stream)
-            self.driver.stream_wait_event(lease.stream, state.ready)
-            self._stopwatch.stop(start, lease.stream, None)
+        # Not under the lock: the wait of the CPU driver's stream 0 blocks, and while leased `ready` stays what it is.
+        lease._check()
+        state, timeline, driver = lease._state, lease._timeline, self.driver
+        with driver.current():
+            self._check_border(lease, lease.stream)
+            if state is None:
+                with self._lock:
+                    events = list(timeline.written.get(lease.unit, {}).values())
+            else:
+                events = [state.ready]
+            with self._timed(timeline, lease.stream, None):
+                for event in events:
+                    driver.stream_wait_event(lease.stream, event)
+        lease._waited = True
 
     def _release(self, lease: Lease) -> None:
-        with self._lock:
-            if self._closed:
+        with self._lock, self.driver.current():
+            if lease._released or self._closed:
                 return
-            with self.driver.current():
-                state, timeline = lease._state, lease._timeline
-                if state is None:
-                    readers = timeline.mapped_readers.setdefault(lease.unit, {})
-                else:
-                    readers = state.readers
-                    state.leases -= 1
-                timeline.mark(readers, lease.stream)
+            state, timeline, unit = lease._state, lease._timeline, lease.unit
+            capture = self.driver.capture_id(lease.stream)
+            if capture == timeline.capture:
+                if self._timelines.shared and not lease._waited:
+                    self._wait(lease)  # else nothing would end the copy before a replay, or join it to its capture
+                readers = state.readers if state is not None else timeline.mapped_readers.setdefault(unit, {})
+                timeline.events.mark(readers, lease.stream)
+            elif not timeline.capture:
+                self._check_border(lease, lease.stream)
+            # else the capture is over, and its work is none of the stream's
+            lease._released = True
+            if state is None:
+                timeline.mapped_leases[unit] -= 1
+            else:
+                state.leases -= 1
 
     # ---------------------------------------------------------------------------------------------- steps
     def begin_step(self, *, stream: int | StreamLike = 0) -> None:
         """Say that a step begins on `stream`. Only after a graph was captured does it change anything.
 
         *Ordering*: once a graph may replay into the slots, a step trusts nothing that they hold, and its copies wait
-        for what `stream` has enqueued before, replays included.
+        for what `stream` has enqueued before, replays included. No graph that was captured of whole steps may be
+        replayed before the step's end. One that was captured of units without a step may, and costs all eager steps
+        their look-ahead.
         """
         handle = stream_handle(stream)
         with self._lock, self.driver.current():
+            self._check_open()
             self._timelines.begin_step(handle)
 
     def end_step(self, *, stream: int | StreamLike = 0) -> None:
         """Say that a step ends on `stream`.
 
-        *Ordering*: inside a capture, and in eager steps after one, `stream` waits for every copy enqueued so far: a
-        capture must join the copy stream, and a replay must not meet a copy under way.
+        *Ordering*: inside a capture, and in eager steps after one, `stream` waits for every copy enqueued so far and
+        for the slots' readers on other streams: a capture must join the copy stream, a replay must meet neither.
         """
         handle = stream_handle(stream)
         with self._lock, self.driver.current():
+            if self._closed:
+                return
             self._timelines.end_step(handle)
             if len(self._stopwatch.pending) > self._stopwatch.limit // 2 and not self.driver.capture_id(handle):
                 with self.driver.relaxed():
@@ -337,18 +328,19 @@ class SlotRing:
 
     # -------------------------------------------------------------------------------------------- changes
     def before_host_write(self, unit: str) -> None:
-        """Wait on the host until no enqueued work reads or writes the unit's host bytes any more."""
-        with self._lock, self.driver.current():
+        """Wait on the host until no enqueued work reads or writes the unit's host bytes any more.
+
+        Raises
+        ------
+        SlotError
+            No such unit, or it runs from its mapped view: its work cannot be waited for before it is left.
+        """
+        with self._lock, self.driver.current(), self.driver.relaxed():
             self._slab(unit)
+            if any(timeline.mapped_leases[unit] for timeline in self._timelines.all()):
+                raise SlotError(f'unit "{unit}" runs from its mapped view; leave it before its host bytes are written')
             self.stats.host_waits += 1
-            if self._timelines.shared:
-                self.driver.synchronize()  # replays read the slab too, and leave no event behind
-                return
-            eager = self._timelines.eager
-            self.driver.stream_synchronize(eager.copy_stream)
-            for readers_or_writers in (eager.mapped_readers, eager.written):
-                for event in readers_or_writers.get(unit, {}).values():
-                    self.driver.event_synchronize(event)
+            self._timelines.drain_unit(unit)
 
     def changed(self, unit: str) -> None:
         """Say that the host wrote the unit's bytes: no slot holds the unit any more."""
@@ -359,19 +351,31 @@ class SlotRing:
     def changed_on_stream(self, unit: str, *, stream: int | StreamLike = 0, valid: Slot | None = None) -> None:
         """Say that work enqueued on `stream` writes the unit's host bytes.
 
-        *Ordering*: copies enqueued from now on out of the slab wait for that work. `valid` names the slot that has
-        the new bytes itself.
+        *Ordering*: copies enqueued from now on out of the slab, and units that run from it, wait for that work; replays
+        of graphs do not. Readers enqueued before, from the slab or from a slot leased then, are the caller's to order.
+
+        Parameters
+        ----------
+        valid
+            The slot that has the new bytes itself, written by work on `stream`. Its readers wait for that work, too.
         """
         handle = stream_handle(stream)
         with self._lock, self.driver.current():
             self._slab(unit)
             timeline = self._timelines.of(handle)
-            timeline.mark(timeline.written.setdefault(unit, {}), handle)
-            self._forget(unit, valid)
+            kept = next((s for s in timeline.states if s.slot is valid and s.holds == unit), None)
+            self._forget(unit, kept)
+            try:
+                timeline.events.mark(timeline.written.setdefault(unit, {}), handle)
+                if kept is not None:
+                    self.driver.event_record(kept.ready, handle)
+            except BaseException:
+                self._forget(unit, None)
+                raise
 
-    def _forget(self, unit: str, valid: Slot | None) -> None:
+    def _forget(self, unit: str, kept: SlotState | None) -> None:
         for state in self._states():
-            if state.holds == unit and state.slot is not valid:
+            if state.holds == unit and state is not kept:
                 state.holds = None
                 self.stats.invalidations += 1
 
@@ -392,12 +396,18 @@ class SlotRing:
         Raises
         ------
         SlotError
-            A slot is leased; nothing is freed.
+            A unit is entered and not left.
+        ClosedError
+            Views of slots are alive.
+        CudaError
+            Work that uses the slots failed.
+
+        After any of them nothing is freed, and the ring stays open.
         """
-        with self._lock, self.driver.current():
+        with self._lock, self.driver.current(), self.driver.relaxed():
             if self._closed:
                 return
-            leased = sum(state.leases for state in self._states())
+            leased = sum(timeline.leases for timeline in self._timelines.all())
             if leased:
                 raise SlotError(f"{leased} leases are open; leave their units before the ring is closed")
             views = sum(slot.buffer.live_views for slot in self.slots)
@@ -407,9 +417,11 @@ class SlotRing:
             self._timelines.drain()
             self._stopwatch.read(self.stats)
             self._closed = True
-            self._dispose()
-            for slot in self.slots:
-                slot.buffer.close()
+            try:
+                self._dispose()
+            finally:
+                for slot in self.slots:
+                    slot.buffer.close()
 
     def __enter__(self) -> SlotRing:
         return self
@@ -419,7 +431,7 @@ class SlotRing:
     ) -> None:
         try:
             self.close()
-        except (SlotError, ClosedError) as refused:
+        except Exception as refused:
             if error is None:
                 raise
             error.add_note(f"while leaving the ring: {refused}")

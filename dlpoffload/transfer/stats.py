@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from ..driver import Driver
@@ -15,7 +17,7 @@ _MIN_STALL_MS = 0.02
 
 @dataclass(slots=True)
 class TransferStats:
-    """Counters of one ring since it was made or last `reset`.
+    """Counters of one ring since it was made.
 
     Attributes
     ----------
@@ -32,7 +34,8 @@ class TransferStats:
     write_backs : int
         Tensors written inside their unit and copied back to the host.
     host_waits : int
-        Times the host blocked: never inside a step, only before it writes host bytes and on close.
+        Times the host blocked: never inside a step, only before it writes host bytes and on close. (It also does so
+        once when a capture begins.)
     timed_copies, timed_nbytes, copy_seconds
         The copies whose events have been read, and the time they took.
     stalls, stall_seconds
@@ -68,21 +71,28 @@ class Stopwatch:
     pending: deque[tuple[int, int, int | None]] = field(default_factory=deque)
     limit: int = 256
 
-    def start(self, stream: int) -> int | None:
-        """Record the start; None when so many are unread that another would only cost."""
+    @contextmanager
+    def timed(self, stream: int, nbytes: int | None) -> Iterator[None]:
+        """Bracket a copy of `nbytes`, or a wait when None; not at all when too many brackets are unread."""
         if len(self.pending) >= self.limit:
-            return None
-        event = self.free.pop() if self.free else self.driver.event_create(timing=True)
-        self.driver.event_record(event, stream)
-        return event
-
-    def stop(self, start: int | None, stream: int, nbytes: int | None) -> None:
-        """Record the end of a copy of `nbytes`, or of a wait when None."""
-        if start is None:
+            yield
             return
-        end = self.free.pop() if self.free else self.driver.event_create(timing=True)
-        self.driver.event_record(end, stream)
-        self.pending.append((start, end, nbytes))
+        pair: list[int] = []
+        try:
+            self._record(pair, stream)
+            yield
+            self._record(pair, stream)
+        except BaseException:
+            self.free += pair
+            raise
+        self.pending.append((pair[0], pair[1], nbytes))
+
+    def _record(self, pair: list[int], stream: int) -> None:
+        try:
+            pair.append(self.free.pop())  # other threads take events, too
+        except IndexError:
+            pair.append(self.driver.event_create(timing=True))
+        self.driver.event_record(pair[-1], stream)
 
     def read(self, stats: TransferStats) -> None:
         """Add the times of what has passed to `stats`; never waits."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import chain
 
 from ..driver import Driver
+from ..errors import CudaError
 from .slots import EventPool, Slot, SlotState
 
 __all__ = ["Timeline"]
@@ -73,13 +74,16 @@ class Timeline:
         """The slot that holds `unit`."""
         return next((state for state in self.states if state.holds == unit), None)
 
-    def free_slot(self, keep: Collection[str], *, spare_kept: bool = False) -> SlotState | None:
-        """A slot that nobody leases: an empty one, else the one unused for longest; those of `keep` last, or never."""
+    def free_slot(self, keep: Sequence[str], *, spare_kept: bool = False) -> SlotState | None:
+        """A slot that nobody leases: an empty one, else the one unused for longest.
+
+        Those of `keep`, which are needed in that order, come last, and the last of them first; or never.
+        """
         free = [state for state in self.states if not state.leases]
         others = [state for state in free if state.holds not in keep]
         if others or spare_kept:
-            free = others
-        return min(free, key=lambda state: (state.holds is not None, state.last_use), default=None)
+            return min(others, key=lambda state: (state.holds is not None, state.last_use), default=None)
+        return max(free, key=lambda state: keep.index(state.holds or ""), default=None)
 
     def forget(self) -> None:
         """Trust nothing that the slots hold."""
@@ -105,12 +109,21 @@ class Timeline:
                     driver.stream_wait_event(stream, event)
 
     def drain(self) -> None:
-        """Block until no copy is under way, nor a reader of a slot or of mapped bytes, nor a write of host bytes."""
+        """Block until no copy is under way, nor a reader of a slot or of mapped bytes, nor a write of host bytes.
+
+        Where one of them failed, the others are waited for all the same.
+        """
         driver = self.events.driver
-        driver.stream_synchronize(self.copy_stream)
+        failed: CudaError | None = None
         for events in self._tables():
             for event in events.values():
-                driver.event_synchronize(event)
+                try:
+                    driver.event_synchronize(event)
+                except CudaError as error:
+                    failed = failed or error
+        driver.stream_synchronize(self.copy_stream)
+        if failed is not None:
+            raise failed
 
     def _tables(self) -> Iterator[dict[int, int]]:
         slots = (state.readers for state in self.states)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import dlpoffload
+
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
 MAX_LINES = 60
 
@@ -26,7 +28,7 @@ def test_example_is_short(example: Path) -> None:
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
 def test_example_runs(example: Path, device: str, tmp_path: Path) -> None:
-    environment = dict(os.environ)
+    environment = {**os.environ, "PYTHONPATH": str(Path(dlpoffload.__file__).parents[1])}
     if device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""  # for the frameworks too
     run = subprocess.run(

@@ -2,8 +2,9 @@
 
     python tests/gpu/bench_memory.py [--nbytes 5368709120]
 
-MemAvailable before and after, for `HostBuffer.allocate`, torch's `pin_memory` and JAX's `pinned_host`. Prints one JSON
-object last.
+MemAvailable before and after, for `HostBuffer.allocate`, the driver's own cuMemHostAlloc, torch's `pin_memory` and
+JAX's `pinned_host`; and for the same pages without pinning, since the kernel and the driver keep tables of them.
+Prints one JSON object last.
 """
 
 from __future__ import annotations
@@ -29,6 +30,18 @@ def measure(make):
 """
 
 WAYS = {
+    "anonymous pages, populated": """
+from dlpoffload import _native
+def make(n):
+    pointer = _native.map_anonymous(n, 2 << 20, True)
+    _native.populate(pointer, n, 4)
+    return pointer
+measure(make)
+""",
+    "cuMemHostAlloc": """
+import dlpoffload as dlpo
+measure(dlpo.open_driver("cuda:0").host_alloc)
+""",
     "dlpoffload HostBuffer.allocate": """
 import dlpoffload as dlpo
 measure(lambda n: dlpo.HostBuffer.allocate(n, device="cuda:0"))

@@ -6,6 +6,7 @@ import gc
 import itertools
 import mmap
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -611,6 +612,32 @@ def test_threads_that_register_the_same_pages_share_one_registration(spy: Spy) -
     assert errors == []
     assert spy.held == set()
     assert pinned_nbytes() == 0
+
+
+def test_a_thread_that_registers_waits_for_one_that_is_at_it(use: Callable[[CpuDriver], CpuDriver]) -> None:
+    class Slow(Spy):
+        inside = threading.Event()
+
+        def host_register(self, pointer: int, nbytes: int, *, read_only: bool = False) -> None:
+            self.inside.set()
+            time.sleep(0.1)  # long enough for the other thread to come this far, if nothing held it
+            super().host_register(pointer, nbytes, read_only=read_only)
+
+    spy = Slow()
+    use(spy)
+    memory, pointer = pages(1)
+    buffers: list[dlpo.HostBuffer] = []
+    first = threading.Thread(target=lambda: buffers.append(dlpo.HostBuffer.register(part(memory, 0, 100))))
+    first.start()
+    assert spy.inside.wait(10)
+    buffers.append(dlpo.HostBuffer.register(part(memory, 50, 150)))
+    first.join()
+    assert spy.registered == [(pointer, PAGE, False)]
+    assert [buffer.nbytes for buffer in buffers] == [100, 100]
+    buffers.pop().close()
+    assert spy.held == {(pointer, PAGE)}
+    buffers.pop().close()
+    assert spy.held == set()
 
 
 # -------------------------------------------------------------------------------------------------- copies

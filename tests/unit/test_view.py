@@ -708,6 +708,16 @@ def test_ordering_of_an_import_reaches_the_next_consumer(cuda: FakeCuda, cuda_bu
     assert event in destroyed
 
 
+def test_a_registered_device_buffer_begins_where_its_producer_ended(cuda: FakeCuda) -> None:
+    with dlpo.DeviceBuffer.allocate(64, device=0) as memory:
+        producer = Producer(memory.device_view((64,), "uint8"))
+        with dlpo.DeviceBuffer.register(producer, device=0) as buffer:
+            assert buffer.device_pointer == memory.device_pointer
+            assert producer.asked["stream"] is None
+            assert ("host waits for stream", 0) in cuda.asked
+        del producer
+
+
 def test_a_producer_on_the_cpu_is_asked_for_no_stream(buffer: dlpo.HostBuffer) -> None:
     producer = Producer(buffer.host_view((4,), "int8"))
     view_of(producer, stream=5)
