@@ -19,6 +19,7 @@ _HOME = {
         "CudaError",
         "DeviceMemoryError",
         "DriverNotFoundError",
+        "GradientError",
         "HostMemoryError",
         "MissingFrameworkError",
         "OffloadError",
@@ -37,7 +38,7 @@ _HOME = {
 }
 _MODULES = {name: module for module, names in _HOME.items() for name in names}
 
-__all__ = ["__version__", *_MODULES]  # noqa: PLE0604
+__all__ = ["__version__", *_MODULES]
 
 if TYPE_CHECKING:
     from .driver import default_device as default_device
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from .errors import CudaError as CudaError
     from .errors import DeviceMemoryError as DeviceMemoryError
     from .errors import DriverNotFoundError as DriverNotFoundError
+    from .errors import GradientError as GradientError
     from .errors import HostMemoryError as HostMemoryError
     from .errors import MissingFrameworkError as MissingFrameworkError
     from .errors import OffloadError as OffloadError

@@ -9,6 +9,7 @@ A message says what was asked, what was found and what to do, with names in quot
     │   └── DriverNotFoundError         no driver on this machine
     ├── HostMemoryError(MemoryError)    host memory was refused
     ├── DeviceMemoryError(MemoryError)  device memory was refused
+    ├── GradientError(RuntimeError)     a gradient would reach an offloaded parameter
     ├── RegistrationError               these bytes cannot be pinned in place
     ├── AliasError(BufferError)         a view was asked of bytes that cannot be aliased
     ├── ClosedError(RuntimeError)       used after close, or closed under a live view
@@ -28,6 +29,7 @@ __all__ = [
     "CudaError",
     "DeviceMemoryError",
     "DriverNotFoundError",
+    "GradientError",
     "HostMemoryError",
     "MissingFrameworkError",
     "OffloadError",
@@ -100,6 +102,10 @@ class DeviceMemoryError(OffloadError, MemoryError):
     def __init__(self, message: str, *, nbytes: int) -> None:
         self.nbytes = nbytes
         super().__init__(message)
+
+
+class GradientError(OffloadError, RuntimeError):
+    """A gradient would reach an offloaded parameter."""
 
 
 class RegistrationError(OffloadError):

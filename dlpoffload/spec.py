@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 ALIGNMENT: Final = 256
-"""Bytes to which every tensor inside a buffer is aligned (XLA wants 64 on the CPU, kernels 16, cuMemAlloc gives 256)."""
+"""Bytes to which every tensor inside a buffer is aligned: XLA wants 64 on the CPU, kernels 16; cuMemAlloc gives 256."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Final, NoReturn
 
 import torch
 from torch import nn
 
-from ..errors import ClosedError, OffloadError, SpecError
+from ..errors import ClosedError, SpecError
 from ..planning import Plan
 from ..transfer import Link, measure_link
+from .copying import DeepCopy, refuse_copy, refuse_pickle
+from .installed import MARK, Installed
+from .offloading import Offloading
 from .placed import Placed
 from .report import Report, snapshot
-from .tensors import current_stream
+from .tensors import current_stream, overwrite
 from .tree import Entry, Member
 
 __all__ = ["OffloadHandle"]
 
 _LINK_NBYTES: Final = 256 << 20
-_MARK: Final = "_dlpoffload_handle"
 _links: dict[str, Link] = {}
+
+
+def _at(module: nn.Module, attribute: str) -> torch.Tensor | None:
+    return module._parameters.get(attribute, module._buffers.get(attribute))
 
 
 class OffloadHandle:
@@ -33,25 +41,33 @@ class OffloadHandle:
     module : torch.nn.Module
     """
 
-    def __init__(self, module: nn.Module, placed: Placed) -> None:
+    def __init__(self, module: nn.Module, offloading: Offloading) -> None:
         self.module = module
-        self._placed = placed
-        self._plan = placed.plan
+        self._offloading = offloading
         self._lock = threading.RLock()
         self._restored = False
-        self._members = {
-            place[2]: (entry, member)
+        self._install(offloading.place(module))
+
+    def _install(self, placed: Placed) -> None:
+        self._placed = placed
+        self._plan = placed.plan
+        try:
+            self._installed = Installed(self.module, placed, self, DeepCopy(self))
+        except BaseException:
+            with torch.inference_mode(False), torch.no_grad():
+                placed.undo()
+            raise
+        self._names = {
+            name: (entry, member, holder, attribute)
             for entry in placed.entries.values()
             for member in entry.members
-            for place in member.places
+            for name, (holder, attribute) in member.names.items()
         }
-        for inside in module.modules():
-            inside.__dict__[_MARK] = self
 
     @staticmethod
     def of(module: nn.Module) -> OffloadHandle | None:
         """The handle of an offloaded module, or of the one that it is a part of."""
-        found = module.__dict__.get(_MARK)
+        found = module.__dict__.get(MARK)
         return found if isinstance(found, OffloadHandle) else None
 
     @property
@@ -97,12 +113,19 @@ class OffloadHandle:
                 device=self.device,
                 description=placed.driver.description,
                 plan=self._plan,
-                pinned_nbytes=0 if placed.store is None else placed.store.pinned_nbytes,
+                pinned_nbytes=placed.host_nbytes if placed.pinned else 0,
+                pageable_nbytes=0 if placed.pinned else placed.host_nbytes,
                 device_nbytes=self._plan.device_nbytes,
                 stats=stats,
                 link=measured,
                 mapped_home=placed.mapped,
+                pageable_because=placed.pageable_because,
                 adopted=() if stager is None else tuple(stager.adopted),
+                replaced=tuple(
+                    name
+                    for name, (_, member, holder, attribute) in self._names.items()
+                    if _at(holder, attribute) is not member.tensor
+                ),
                 aliased_outputs=0 if stager is None else stager.aliased_outputs,
             )
 
@@ -119,14 +142,21 @@ class OffloadHandle:
             No such name, or shape or dtype differ.
         """
         placed = self._open()
-        entry, member = self._member(name)
-        if tuple(tensor.shape) != member.spec.shape or tensor.dtype != member.tensor.dtype:
+        entry, member, current = self._tensor(name)
+        if tensor.shape != current.shape or tensor.dtype != current.dtype:
             raise SpecError(
-                f'"{name}" is {member.spec}, but the update is {tensor.dtype}{list(tensor.shape)}; '
-                "shape and dtype must be equal"
+                f'"{name}" is {current.dtype}{list(current.shape)}, but the update is '
+                f"{tensor.dtype}{list(tensor.shape)}; shape and dtype must be equal"
+            )
+        if any(stride == 0 and length > 1 for length, stride in zip(current.shape, current.stride(), strict=True)):
+            raise SpecError(
+                f'"{name}" has strides {current.stride()}, so that elements share bytes; replace it instead'
             )
         with self._lock, torch.inference_mode(False), torch.no_grad():
-            placed.write(entry, member, tensor)
+            if current is member.tensor:
+                placed.write(entry, member, tensor)
+            else:
+                overwrite(current, tensor)
 
     def changed(self, name: str) -> None:
         """Say that a tensor's bytes were written in a way that torch does not see: through ``.data``, by a kernel.
@@ -134,16 +164,63 @@ class OffloadHandle:
         *Ordering*: copies enqueued from now on wait for what is enqueued on the current stream.
         """
         placed = self._open()
-        entry, _ = self._member(name)
+        entry, member, _ = self._tensor(name)
         if placed.stager is not None:
-            placed.stager.changed(entry.name, current_stream(placed.device))
+            placed.stager.changed(entry.name, member, current_stream(placed.device))
 
-    def _member(self, name: str) -> tuple[Entry, Member]:
-        found = self._members.get(name)
+    def _tensor(self, name: str) -> tuple[Entry, Member, torch.Tensor]:
+        """What was offloaded under a name, and the tensor that is there now."""
+        found = self._names.get(name)
         if found is None:
-            near = ", ".join(f'"{known}"' for known in list(self._members)[:4])
-            raise SpecError(f'no parameter or buffer "{name}" in this module; it has {len(self._members)}, such as {near}')
-        return found
+            near = ", ".join(f'"{known}"' for known in list(self._names)[:4])
+            raise SpecError(
+                f'no parameter or buffer "{name}" among the {len(self._names)} of this module, such as {near}'
+            )
+        entry, member, holder, attribute = found
+        current = _at(holder, attribute)
+        if current is None:
+            raise SpecError(f'"{name}" was taken out of the module since it was offloaded')
+        return entry, member, current
+
+    # ----------------------------------------------------------------------------------- the module
+    def refresh_(self) -> None:
+        """Look the module over again, and plan and place what it holds now.
+
+        The one call after tensors were added, removed, or became others: a step that repacks weights after loading,
+        layers put in or taken out. The budget and the other arguments of `offload_` stay. Unit by unit, so that no more
+        than one unit is in memory twice.
+
+        Raises
+        ------
+        PlanError, SpecError
+            What the module holds now cannot be offloaded; nothing has changed.
+        SlotError
+            A unit is running; nothing has changed.
+        HostMemoryError, DeviceMemoryError
+            Memory was refused; the module is restored, every tensor in ordinary memory.
+        """
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            former = self._open()
+            self._offloading.plan(self.module, pinned=former.pinned)
+            former.retire()
+            former.store = None  # its slabs live on as long as tensors are at home in them
+            self._installed.remove()
+            self._restored = True  # should memory be refused, that is the state that is left
+            placed = self._offloading.place(self.module, former.former())
+            self._restored = False
+            self._install(placed)
+
+    @contextmanager
+    def uninstalled(self) -> Iterator[Placed]:
+        """Take everything off the module for the length of a block, so that it can be copied."""
+        with self._lock:
+            placed = self._open()
+            with self._installed.suspended():
+                yield placed
+
+    def offload_like(self, module: nn.Module) -> OffloadHandle:
+        """Offload another module with the same arguments."""
+        return OffloadHandle(module, self._offloading)
 
     # ------------------------------------------------------------------------------------------ end
     def restore_(self) -> nn.Module:
@@ -158,23 +235,17 @@ class OffloadHandle:
         """
         with self._lock, torch.inference_mode(False), torch.no_grad():
             if not self._restored:
+                self._placed.retire()
+                self._installed.remove()
                 self._placed.undo()
                 self._restored = True
-                for inside in self.module.modules():
-                    inside.__dict__.pop(_MARK, None)
         return self.module
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
-        raise OffloadError(
-            f"an offloaded {type(self.module).__name__} cannot be copied by deepcopy: the copy would stage the "
-            "original's weights; restore_() first, or build a second model and load its state_dict"
-        )
+        refuse_copy(memo)
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
-        raise OffloadError(
-            f"an offloaded {type(self.module).__name__} cannot be pickled: its weights live in pinned host memory of "
-            "this process; save model.state_dict() (safetensors), or restore_() first"
-        )
+        refuse_pickle(protocol)
 
     def __repr__(self) -> str:
         state = "restored" if self._restored else f"on {self.device}"

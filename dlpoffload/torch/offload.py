@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import nn
 
 from ..driver import open_driver
-from ..errors import OffloadError, PlanError
-from ..planning import CostModel, Policy, balanced, plan
+from ..errors import OffloadError
+from ..planning import CostModel, Policy, balanced
 from .handle import OffloadHandle
-from .placed import Placed
-from .tree import collect, unit_tree
+from .offloading import Offloading, Pageable
 
 __all__ = ["offload_"]
+
 
 def offload_(
     module: nn.Module,
@@ -22,9 +21,11 @@ def offload_(
     *,
     device: str | int | None = None,
     units: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
-    slots: int = 2,
+    slots: int | None = None,
     policy: Policy = balanced,
     cost: CostModel | None = None,
+    pageable: Pageable = "never",
+    stage_unmapped: bool = False,
 ) -> OffloadHandle:
     """Offload a module's parameters and buffers under a budget of device memory, in place.
 
@@ -47,17 +48,23 @@ def offload_(
         What is staged together: patterns on module paths (``"model.layers.*"``). Left out, the repeated containers
         are found. See `planning.choose_units`.
     slots
-        Slots of the ring; two overlap copies with compute.
+        Slots of the ring: 2 when left out, which overlaps copies with compute.
     policy
         Where what lives: `planning.balanced`, `all_mapped`, `all_staged`, a `pattern_policy`, or your own.
     cost
         What the link costs; see `planning.CostModel`.
+    pageable
+        ``"never"``: memory that cannot be pinned is an error. ``"if_refused"``: take pageable memory then.
+        ``"always"``: pin nothing. Copies from pageable memory are slow, and the report says so.
+    stage_unmapped
+        Where the device cannot map host memory, or it is pageable: stage what would be mapped, each tensor as a unit
+        of its own. Otherwise that is an error.
 
     Raises
     ------
     PlanError
         No parameters or buffers; the budget cannot hold the ring (the message names the smallest that can); a
-        pattern that matches nothing.
+        pattern that matches nothing; an argument that has no effect.
     SpecError
         A tensor that is sparse or on ``meta``, a device or budget that means nothing.
     DriverNotFoundError
@@ -69,19 +76,7 @@ def offload_(
 
     After any error the module is as it was.
     """
-    driver = open_driver(device)
-    _refuse_twice(module)
-    entries = collect(module)
-    if not any(entry.spec.nbytes for entry in entries):
-        raise PlanError(f"a {type(module).__name__} without parameters and buffers has nothing to offload")
-    tree = unit_tree(module, entries)
-    decided = plan(tree, device_budget, units=units, slots=slots, policy=policy, cost=cost)
-    with torch.inference_mode(False), torch.no_grad():
-        handle = OffloadHandle(module, Placed(module, entries, decided, driver))
-    return handle
-
-
-def _refuse_twice(module: nn.Module) -> None:
+    offloading = Offloading(open_driver(device), device_budget, units, slots, policy, cost, pageable, stage_unmapped)
     for path, inside in module.named_modules():
         handle = OffloadHandle.of(inside)
         if handle is not None:
@@ -89,3 +84,4 @@ def _refuse_twice(module: nn.Module) -> None:
                 f'"{path or type(module).__name__}" is offloaded already, to {handle.device}; '
                 "restore_() that first, or offload the outer module once"
             )
+    return OffloadHandle(module, offloading)

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 import torch
-from torch import nn
 
-__all__ = ["detached_from"]
+__all__ = ["detached_from", "lies_in"]
 
 
-def detached_from(output: Any, slot: torch.Tensor) -> tuple[Any, int]:
+def lies_in(tensor: torch.Tensor, storage: int) -> bool:
+    """Whether a tensor has elements in the storage at an address."""
+    if tensor.layout is not torch.strided or tensor.is_meta or not tensor.numel():
+        return False
+    return bool(tensor.untyped_storage().data_ptr() == storage)
+
+
+def detached_from(output: Any, slot: torch.Tensor, own: Collection[int]) -> tuple[Any, int]:
     """Replace tensors that lie in `slot` by copies, in tensors, tuples, lists, dicts and dataclasses.
 
-    Returns the output and how many were replaced. A Parameter returned as it is goes home with its unit and stays.
+    Returns the output and how many were replaced. The unit's own tensor objects, whose ids are in `own`, stay: they
+    go home with it.
     """
     storage = slot.untyped_storage().data_ptr()
     found = 0
@@ -22,12 +30,10 @@ def detached_from(output: Any, slot: torch.Tensor) -> tuple[Any, int]:
     def visit(value: Any) -> Any:
         nonlocal found
         if isinstance(value, torch.Tensor):
-            if isinstance(value, nn.Parameter) or value.layout is not torch.strided or value.is_meta:
+            if id(value) in own or not lies_in(value, storage):
                 return value
-            if value.numel() and value.untyped_storage().data_ptr() == storage:
-                found += 1
-                return value.clone()
-            return value
+            found += 1
+            return _copy_of(value)
         if isinstance(value, dict):
             for key, item in list(value.items()):
                 replaced = visit(item)
@@ -54,3 +60,13 @@ def detached_from(output: Any, slot: torch.Tensor) -> tuple[Any, int]:
         return value
 
     return visit(output), found
+
+
+def _copy_of(value: torch.Tensor) -> torch.Tensor:
+    """Copy a tensor with its strides: what reads it may take other kernels, and other bits, for other strides."""
+    packed = value
+    for dim, (length, stride) in enumerate(zip(value.shape, value.stride(), strict=True)):
+        if stride == 0 and length > 1:
+            packed = packed.narrow(dim, 0, 1)
+    made = torch.empty_strided(packed.shape, packed.stride(), dtype=value.dtype, device=value.device)
+    return made.copy_(packed).expand(value.shape)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+
 import torch
 from torch import nn
 from torch.utils.dlpack import from_dlpack
@@ -13,9 +15,10 @@ from ..planning import Placement, Plan
 from ..store import HostStore
 from ..transfer import Prefetcher, SlotRing
 from ..view import View
-from .staging import StagedMember, StagedUnit, Stager, home_tensor, version_of
-from .tensors import bytes_of, tensor_in, torch_device
+from .staging import StagedMember, StagedUnit, Stager, home_tensor
+from .tensors import bytes_of, empty_bytes, overwrite, tensor_in, torch_device, version_of
 from .tree import Entry, Member
+from .watched import exchange_data, plain_data, unwatch, watch
 
 __all__ = ["Placed"]
 
@@ -27,31 +30,48 @@ class Placed:
 
     Attributes
     ----------
+    pinned : bool
+        Whether the host bytes are pinned. Pageable ones are copied through the driver's own bounce buffer.
+    pageable_because : str
+        Why they are not pinned.
     mapped : bool
-        Whether the device maps host memory. Where it does not, staged tensors are at home on the CPU between uses.
+        Whether the device maps the host bytes. Where it does not, staged tensors are at home on the CPU between uses.
     stager : Stager or None
         None when nothing is staged.
     """
 
-    def __init__(self, module: nn.Module, entries: list[Entry], decided: Plan, driver: Driver) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        entries: list[Entry],
+        decided: Plan,
+        driver: Driver,
+        *,
+        pinned: bool = True,
+        former: Mapping[int, torch.device] | None = None,
+    ) -> None:
         self.module = module
         self.plan = decided
         self.driver = driver
         self.device = torch_device(driver)
-        self.mapped = driver.capabilities().map_host_memory
+        self.pinned = pinned
+        self.pageable_because = "" if pinned else "asked for"
+        self.mapped = pinned and driver.capabilities().map_host_memory
         self.entries = {entry.name: entry for entry in entries}
         self.stager: Stager | None = None
         self.store = self._allocate_store()
+        self._before = dict(former or {})
         self._former: dict[int, tuple[Entry, torch.device]] = {}
+        self._homes: dict[int, int] = {}  # where the data of each member that we moved is
         try:
             # The ring first: what cannot run must fail before a weight has moved.
-            slots = [
-                torch.empty(decided.slot_nbytes, dtype=torch.uint8, device=self.device) for _ in range(decided.slots)
-            ]
+            slots = [empty_bytes(decided.slot_nbytes, self.device) for _ in range(decided.slots)]
             for entry in entries:
                 self._place(entry)
             if decided.streamed_units:
                 self._stage(slots)
+            for _, tensor in self.offloaded():
+                watch(tensor)
         except BaseException:
             self.undo()
             raise
@@ -61,9 +81,10 @@ class Placed:
         decided = self.plan
         mapped = decided.names(Placement.HOST_MAPPED)
         if mapped and not self.mapped:
+            why = "cannot map host memory" if self.pinned else "cannot map pageable memory"
             raise PlanError(
-                f"{self.driver.device} cannot map host memory, but the plan maps {len(mapped)} tensors; "
-                "use policy=all_staged"
+                f'{self.driver.device} {why}, but the plan maps {len(mapped)} tensors, such as "{mapped[0]}"; '
+                "say stage_unmapped=True to stage them instead"
             )
         names = [name for name in decided.specs if decided.placements[name] is not Placement.DEVICE]
         if not names:
@@ -72,13 +93,39 @@ class Placed:
             {name: decided.specs[name] for name in names},
             units={unit.name: unit.tensors for unit in decided.streamed_units},
             device=self.driver.device,
+            pinned=self.pinned,
         )
+
+    @property
+    def host_nbytes(self) -> int:
+        """Bytes of the host memory that the tensors are at home in."""
+        return 0 if self.store is None else self.store.host_nbytes
+
+    def offloaded(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Name and tensor of everything whose bytes are at home on the host."""
+        for entry in self.entries.values():
+            if self.plan.placements[entry.name] is not Placement.DEVICE and entry.spec.nbytes:
+                for member in entry.members:
+                    yield member.name, member.tensor
+
+    def tensors(self) -> dict[int, tuple[Entry, Member]]:
+        """Entry and member by the id of the tensor object, of everything that was placed."""
+        return {id(member.tensor): (entry, member) for entry in self.entries.values() for member in entry.members}
+
+    def former(self) -> dict[int, torch.device]:
+        """By id of the tensor object, the device on which each tensor that we moved was before."""
+        return {
+            id(member.tensor): device
+            for entry, device in self._former.values()
+            for member in entry.members
+            if self._is_ours(member)
+        }
 
     def _place(self, entry: Entry) -> None:
         if self.plan.placements[entry.name] is Placement.DEVICE or not entry.spec.nbytes:
-            if all(member.tensor.device == self.device for member in entry.members):
+            if all(m.tensor.device == self.device and id(m.tensor) not in self._before for m in entry.members):
                 return
-            self._move(entry, torch.empty(entry.spec.nbytes, dtype=torch.uint8, device=self.device))
+            self._move(entry, empty_bytes(entry.spec.nbytes, self.device))
             return
         assert self.store is not None
         view = self.store.host_view(entry.name)
@@ -86,9 +133,9 @@ class Placed:
         home = self._home_view(entry)
         for member in entry.members:
             _copy_span(member, host)
-        self._former[id(entry)] = (entry, entry.members[0].tensor.device)
+        self._moved(entry)
         for member in entry.members:
-            member.tensor.data = home_tensor(home, member)
+            self._point(member, home_tensor(home, member))
 
     def _home_view(self, entry: Entry) -> View:
         assert self.store is not None
@@ -98,9 +145,21 @@ class Placed:
         """Copy an entry's bytes into `flat`, and point its tensors there."""
         for member in entry.members:
             _copy_span(member, flat)
-        self._former.setdefault(id(entry), (entry, entry.members[0].tensor.device))
+        self._moved(entry)
         for member in entry.members:
-            member.tensor.data = tensor_in(flat, member.byte_offset, member.spec)
+            self._point(member, tensor_in(flat, member.byte_offset, member.spec))
+
+    def _moved(self, entry: Entry) -> None:
+        tensor = entry.members[0].tensor
+        self._former.setdefault(id(entry), (entry, self._before.get(id(tensor), tensor.device)))
+
+    def _point(self, member: Member, data: torch.Tensor) -> None:
+        exchange_data(member.tensor, data)
+        self._homes[id(member)] = data.data_ptr()
+
+    def _is_ours(self, member: Member) -> bool:
+        """Whether a member has the bytes that we gave it, and not others that somebody put there (``.data =``)."""
+        return member.tensor.data_ptr() == self._homes.get(id(member))
 
     def _stage(self, slots: list[torch.Tensor]) -> None:
         assert self.store is not None
@@ -117,7 +176,9 @@ class Placed:
             allocate=allocate,
         )
         self.stager = Stager(Prefetcher(ring), slots, self.device)
-        self.stager.wrap(self.module, [self._unit(unit.name, unit.tensors) for unit in units])
+        self._named = dict(self.module.named_modules())
+        for unit in units:
+            self.stager.add(self._unit(unit.name, unit.tensors))
 
     def _unit(self, name: str, tensors: tuple[str, ...]) -> StagedUnit:
         assert self.store is not None
@@ -128,7 +189,7 @@ class Placed:
                 member,
                 entry.name,
                 slab.byte_offsets[entry.name] + member.byte_offset,
-                home=member.tensor.data,
+                home=plain_data(member.tensor),
                 version=version_of(member.tensor),
             )
             for entry in entries
@@ -139,7 +200,7 @@ class Placed:
 
     def _modules(self, name: str, entries: list[Entry]) -> list[nn.Module]:
         """The modules whose forward uses a unit: the one of that name, else all that hold its tensors."""
-        named = dict(self.module.named_modules()).get(name)
+        named = self._named.get(name)
         if named is not None:
             return [named]
         places = [place[0] for entry in entries for member in entry.members for place in member.places]
@@ -148,32 +209,66 @@ class Placed:
     # --------------------------------------------------------------------------------------- writes
     def write(self, entry: Entry, member: Member, tensor: torch.Tensor) -> None:
         """Write a tensor's elements over a member's, wherever they live."""
-        if self.plan.placements[entry.name] is Placement.DEVICE or not entry.spec.nbytes:
-            member.tensor.data.copy_(tensor)
-            return
         if self.stager is not None and (unit := self.stager.unit_of(entry.name)) is not None:
-            self.stager.write(unit, entry.name, member, tensor)
+            self.stager.write(unit, member, tensor)
+            return
+        placement = self.plan.placements[entry.name]
+        if placement is Placement.DEVICE or not entry.spec.nbytes or not self._is_ours(member):
+            overwrite(member.tensor, tensor)
             return
         assert self.store is not None
         source = tensor.detach().to("cpu")
         # Kernels enqueued before may still read the mapped bytes, on whatever stream the module was called.
         self.driver.synchronize()
         home_tensor(self.store.host_view(entry.name), member).copy_(source)
+        torch.autograd.graph.increment_version(member.tensor)
 
     # ---------------------------------------------------------------------------------------- back
-    def undo(self) -> None:
-        """Give every tensor back the kind of memory that it had, with the bytes that it has now."""
+    def retire(self) -> None:
+        """End staging; every tensor stays at home.
+
+        Raises
+        ------
+        SlotError
+            A unit is running. Nothing has changed then.
+        """
         if self.stager is not None:
-            self.stager.take_in()
+            self.stager.check_idle()
+            self.stager.backward.abandon()
             self.stager.ring.close()
-            self.stager.unwrap()
             self.stager = None
+        if self._former:
+            self.driver.synchronize()  # kernels that write mapped bytes, on whatever stream
+        for entry in self.entries.values():
+            for member in entry.members:
+                unwatch(member.tensor)
+
+    def undo(self) -> None:
+        """Give every tensor back the kind of memory that it had, with the bytes that it has now.
+
+        One that somebody gave other bytes (``.data =``) keeps those.
+
+        Raises
+        ------
+        SlotError
+            A unit is running. Nothing has changed then.
+        """
+        self.retire()
         for key, (entry, device) in reversed(list(self._former.items())):
-            self._move(entry, torch.empty(entry.spec.nbytes, dtype=torch.uint8, device=device))
+            if any(self._is_ours(member) for member in entry.members):
+                self._restore(entry, empty_bytes(entry.spec.nbytes, device))
             del self._former[key]
+        self._homes.clear()
         self.store = None
+
+    def _restore(self, entry: Entry, flat: torch.Tensor) -> None:
+        ours = [member for member in entry.members if self._is_ours(member)]
+        for member in ours:
+            _copy_span(member, flat)
+        for member in ours:
+            exchange_data(member.tensor, tensor_in(flat, member.byte_offset, member.spec))
 
 
 def _copy_span(member: Member, flat: torch.Tensor) -> None:
     if member.spec.nbytes:
-        flat[member.byte_offset : member.byte_offset + member.spec.nbytes].copy_(bytes_of(member.tensor.data))
+        flat[member.byte_offset : member.byte_offset + member.spec.nbytes].copy_(bytes_of(plain_data(member.tensor)))

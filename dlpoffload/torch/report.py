@@ -25,8 +25,10 @@ class Report:
     device, description : str
         The device that ran, and what it is.
     plan : Plan
-    pinned_nbytes : int
-        Pinned host memory of the module's weights.
+    pinned_nbytes, pageable_nbytes : int
+        Host memory of the module's weights.
+    pageable_because : str
+        Why it is pageable, where it is.
     device_nbytes : int
         Device memory that was allocated: residents and ring.
     stats : TransferStats
@@ -37,7 +39,9 @@ class Report:
         Whether staged tensors are the device's view of their host bytes between uses. Where the device cannot map
         host memory they are on the CPU then.
     adopted : tuple of str
-        Tensors that somebody replaced and whose values were taken over.
+        Tensors that somebody gave other bytes (``.data =``) and whose values were taken over.
+    replaced : tuple of str
+        Names under which the module has another tensor object now. Those are not offloaded: they are where they are.
     aliased_outputs : int
         Outputs of units that lay in a slot and were copied.
     """
@@ -46,11 +50,14 @@ class Report:
     description: str
     plan: Plan
     pinned_nbytes: int
+    pageable_nbytes: int
+    pageable_because: str
     device_nbytes: int
     stats: TransferStats
     link: Link | None
     mapped_home: bool
     adopted: tuple[str, ...]
+    replaced: tuple[str, ...]
     aliased_outputs: int
 
     @property
@@ -62,13 +69,15 @@ class Report:
     def rows(self) -> list[tuple[str, str]]:
         """What is printed, as name and value."""
         plan, stats = self.plan, self.stats
-        rows = [("device", f"{self.device}, {self.description}")]
+        rows = [("runs on", f"{self.device}, {self.description}")]
         for placement in Placement:
             names = plan.names(placement)
             rows.append((placement.value, f"{len(names)} tensors, {format_nbytes(plan.nbytes(placement))}"))
         rows.append(("ring", f"{plan.slots} slots of {format_nbytes(plan.slot_nbytes)}"))
         rows.append(("device memory", f"{format_nbytes(self.device_nbytes)} of {format_nbytes(plan.device_budget)}"))
         rows.append(("pinned memory", format_nbytes(self.pinned_nbytes)))
+        if self.pageable_nbytes:
+            rows.append(("pageable memory", f"{format_nbytes(self.pageable_nbytes)}, slow: {self.pageable_because}"))
         rows.append(("copies", f"{stats.copies} ({stats.late_copies} late), {format_nbytes(stats.copied_nbytes)}"))
         rate = stats.copy_gb_per_second
         if rate is not None:
@@ -83,8 +92,9 @@ class Report:
             "invalidations": stats.invalidations,
             "write-backs": stats.write_backs,
             "adopted": ", ".join(self.adopted),
+            "replaced": ", ".join(self.replaced),
             "outputs copied": self.aliased_outputs,
-            "home": "" if self.mapped_home else "on the CPU: this device cannot map host memory",
+            "home": "" if self.mapped_home else "on the CPU between uses: the device cannot map these bytes",
         }
         rows += [(name, str(value)) for name, value in seldom.items() if value]
         return rows

@@ -1,11 +1,13 @@
 """What autograd saves of a staged unit: a place in the host bytes, not a place in a slot.
 
 `F.linear` saves ``weight.t()``, which aliases the slot. When the slot is refilled before backward the gradient would
-be wrong without a word. So such tensors are packed as where they lie in the slab, and staged again on unpacking.
+be wrong without a word. So such tensors are packed as where they lie in the slab, and staged again on
+unpacking, see `backward`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,26 +15,58 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import AliasError
-from ..spec import ALIGNMENT
-from .tensors import current_stream
+from .outputs import lies_in
 
 if TYPE_CHECKING:
     from .staging import StagedUnit, Stager
 
-__all__ = ["saved_outside"]
+__all__ = ["Staged", "saved_outside"]
 
 
 @dataclass(frozen=True, slots=True)
-class _Saved:
-    """A tensor that lay in a unit's slot: where its bytes are in the slab."""
+class Staged:
+    """A tensor that lay in a unit's slot: where its bytes are in the slab, and how often they had changed."""
 
     unit: StagedUnit
-    generation: int
+    generations: tuple[int, ...]
     byte_offset: int
     nbytes: int
     dtype: torch.dtype
     shape: tuple[int, ...]
     strides: tuple[int, ...]
+    conjugated: bool
+    negated: bool
+
+    def check(self) -> None:
+        """Refuse to give out other bytes than those that forward used."""
+        if self.unit.generations(self.byte_offset, self.nbytes) != self.generations:
+            raise AliasError(
+                f'weights of unit "{self.unit.name}" were changed between forward and backward, so the gradient cannot '
+                "be computed; run backward before the update, or forward again"
+            )
+
+    def inside(self, flat: torch.Tensor, byte_offset: int) -> torch.Tensor:
+        """The tensor in a flat tensor of bytes, from `byte_offset` on."""
+        tensor = flat[byte_offset : byte_offset + self.nbytes].view(self.dtype).as_strided(self.shape, self.strides)
+        if self.conjugated:
+            tensor = tensor.conj()
+        return torch._neg_view(tensor) if self.negated else tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """Any other tensor: torch checks no versions where hooks pack, so we do."""
+
+    tensor: torch.Tensor
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Passed:
+    """Any other tensor, packed by the hooks around ours: checkpoints, `save_on_cpu`."""
+
+    packed: Any
+    unpack: Callable[[Any], torch.Tensor]
 
 
 def saved_outside(stager: Stager, slot: torch.Tensor, unit: StagedUnit) -> AbstractContextManager[Any]:
@@ -40,37 +74,44 @@ def saved_outside(stager: Stager, slot: torch.Tensor, unit: StagedUnit) -> Abstr
     if not torch.is_grad_enabled():
         return nullcontext()
     storage = slot.untyped_storage().data_ptr()
+    # torch calls the innermost hooks only, so ours call those around them.
+    outer: Any = torch._C._autograd._top_saved_tensors_default_hooks(False)
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor | _Saved:
-        if tensor.layout is not torch.strided or not tensor.numel():
-            return tensor
-        if tensor.untyped_storage().data_ptr() != storage:
-            return tensor
-        size = tensor.element_size()
-        span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-        offset = tensor.data_ptr() - slot.data_ptr()
-        shape, strides = tuple(tensor.shape), tuple(tensor.stride())
-        return _Saved(unit, unit.generation, offset, span * size, tensor.dtype, shape, strides)
+    def pack(tensor: torch.Tensor) -> Staged | _Kept | _Passed:
+        if lies_in(tensor, storage):
+            return _place_of(tensor, slot, unit)
+        if outer is not None:
+            return _Passed(outer[0](tensor), outer[1])
+        # Not the tensor itself: where it is its own node's output, the two would keep each other alive.
+        return _Kept(tensor.detach(), tensor._version)
 
-    def unpack(saved: torch.Tensor | _Saved) -> torch.Tensor:
-        return saved if isinstance(saved, torch.Tensor) else _staged_again(stager, saved)
+    def unpack(saved: Staged | _Kept | _Passed) -> torch.Tensor:
+        if isinstance(saved, Staged):
+            return stager.backward.staged_again(saved)
+        if isinstance(saved, _Passed):
+            return saved.unpack(saved.packed)
+        if saved.tensor._version != saved.version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                f"{saved.tensor.dtype}{list(saved.tensor.shape)} is at version {saved.tensor._version}; expected "
+                f"version {saved.version} instead"
+            )
+        return saved.tensor
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
-def _staged_again(stager: Stager, saved: _Saved) -> torch.Tensor:
-    unit = saved.unit
-    if unit.generation != saved.generation:
-        raise AliasError(
-            f'the weights of unit "{unit.name}" were changed between forward and backward, so the gradient cannot be '
-            "computed; run backward before the update, or forward again"
-        )
-    # Aligned as it was in the slot: kernels choose other code for other alignments, and the bits could differ.
-    shift = saved.byte_offset % ALIGNMENT
-    flat = torch.empty(shift + saved.nbytes, dtype=torch.uint8, device=stager.device)[shift:]
-    driver = stager.ring.driver
-    with driver.current():
-        driver.copy_async(
-            flat.data_ptr(), unit.slab.host_pointer + saved.byte_offset, saved.nbytes, current_stream(stager.device)
-        )
-    return flat.view(saved.dtype).as_strided(saved.shape, saved.strides)
+def _place_of(tensor: torch.Tensor, slot: torch.Tensor, unit: StagedUnit) -> Staged:
+    span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    offset, nbytes = tensor.data_ptr() - slot.data_ptr(), span * tensor.element_size()
+    return Staged(
+        unit,
+        unit.generations(offset, nbytes),
+        offset,
+        nbytes,
+        tensor.dtype,
+        tuple(tensor.shape),
+        tuple(tensor.stride()),
+        tensor.is_conj(),
+        tensor.is_neg(),
+    )

@@ -12,25 +12,21 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from ..errors import AliasError, SlotError
 from ..slab import Slab
 from ..transfer import Lease, Prefetcher
 from ..view import View
+from .backward import BackwardStager
+from .gradients import guard_outputs
 from .outputs import detached_from
 from .saved import saved_outside
-from .state import guard_state_dicts
-from .tensors import current_stream, tensor_in, tensor_over
+from .tensors import current_stream, tensor_in, tensor_over, version_of
 from .tree import Member
+from .watched import exchange_data, plain_data, was_touched
 from .wrapped import WrappedForward
 
-__all__ = ["StagedMember", "StagedUnit", "Stager", "home_tensor", "version_of"]
-
-
-def version_of(tensor: torch.Tensor) -> int:
-    """The counter that torch raises at every in-place write; inference tensors have none."""
-    return -1 if tensor.is_inference() else tensor._version
+__all__ = ["StagedMember", "StagedUnit", "Stager", "home_tensor"]
 
 
 def home_tensor(view: View, member: Member) -> torch.Tensor:
@@ -40,18 +36,57 @@ def home_tensor(view: View, member: Member) -> torch.Tensor:
 
 @dataclass(eq=False, slots=True)
 class StagedMember:
-    """A tensor of a staged unit: the object that the module holds, its home, and what was left there."""
+    """A tensor of a staged unit: the object that the module held, its home, and what was left there.
+
+    Attributes
+    ----------
+    version : int
+        Torch's count of in-place writes when we looked last.
+    generation : int
+        How often the bytes changed; what autograd saved before refers to older ones.
+    norms : tuple of torch.nn.Module
+        Batch norms whose running statistic it is. In training their forward writes it, and torch counts no write.
+    """
 
     member: Member
     entry: str
     slab_offset: int
     home: torch.Tensor
     version: int
+    generation: int = 0
+    norms: tuple[nn.Module, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.norms = tuple(
+            module
+            for module, attribute, _ in self.member.places
+            if isinstance(module, nn.modules.batchnorm._NormBase) and attribute in ("running_mean", "running_var")
+        )
 
     @property
     def tensor(self) -> torch.Tensor:
         """The Parameter or buffer object."""
         return self.member.tensor
+
+    @property
+    def at_home(self) -> bool:
+        """Whether the tensor has the bytes that we gave it between uses."""
+        return self.tensor.data_ptr() == self.home.data_ptr()
+
+    @property
+    def written_unseen(self) -> bool:
+        """Whether its unit's forward writes it without torch's count going up."""
+        return any(norm.training for norm in self.norms)
+
+    def was_written(self) -> bool:
+        """Whether torch saw a write since we looked last, or ``.data`` was read, through which it would see none."""
+        touched = was_touched(self.tensor)
+        return touched or version_of(self.tensor) != self.version
+
+    def overlaps(self, byte_offset: int, nbytes: int) -> bool:
+        """Whether it has bytes of a range of the slab."""
+        start = self.slab_offset
+        return start < byte_offset + nbytes and byte_offset < start + self.member.spec.nbytes
 
 
 @dataclass(eq=False, slots=True)
@@ -60,8 +95,8 @@ class StagedUnit:
 
     Attributes
     ----------
-    generation : int
-        How often the unit's bytes changed; what autograd saved before refers to older ones.
+    own : frozenset of int
+        Ids of its tensor objects.
     active : list of Lease
         Of the calls that are inside the unit's forward now; the first one's slot is where the parameters point.
     """
@@ -71,8 +106,25 @@ class StagedUnit:
     slab: Slab
     members: list[StagedMember]
     slot_tensors: dict[int, list[torch.Tensor]] = field(default_factory=dict)
-    generation: int = 0
     active: list[Lease] = field(default_factory=list)
+    own: frozenset[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.own = frozenset(id(staged.tensor) for staged in self.members)
+
+    def named(self) -> list[tuple[str, torch.Tensor]]:
+        """Name and tensor of every member."""
+        return [(staged.member.name, staged.tensor) for staged in self.members]
+
+    def generations(self, byte_offset: int, nbytes: int) -> tuple[int, ...]:
+        """How often a range of the slab changed."""
+        return tuple(staged.generation for staged in self.members if staged.overlaps(byte_offset, nbytes))
+
+    def touch(self, written: StagedMember) -> None:
+        """Count a change of a tensor, and so of those that share bytes with it."""
+        for staged in self.members:
+            if staged.overlaps(written.slab_offset, written.member.spec.nbytes):
+                staged.generation += 1
 
 
 class StagedForward(WrappedForward):
@@ -90,33 +142,18 @@ class StagedForward(WrappedForward):
         lease = stager.enter(unit)
         try:
             if lease.slot is None:
-                return self.inner(*args, **kwargs)
-            slot = stager.slots[lease.slot.index]
-            with saved_outside(stager, slot, unit):
                 output = self.inner(*args, **kwargs)
-            output, found = detached_from(output, slot)
-            stager.aliased_outputs += found
-            return output
+            else:
+                slot = stager.slots[lease.slot.index]
+                with saved_outside(stager, slot, unit):
+                    output = self.inner(*args, **kwargs)
+                output, found = detached_from(output, slot, unit.own)
+                stager.aliased_outputs += found
         finally:
             stager.leave(unit, lease)
-
-
-class StepForward(WrappedForward):
-    """The whole module's forward, between the borders of a step."""
-
-    def __init__(self, stager: Stager, root: nn.Module) -> None:
-        super().__init__(root)
-        self.stager = stager
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        stager = self.stager
-        if not self.installed:
-            return self.inner(*args, **kwargs)
-        stager.prefetcher.begin_step(stream=current_stream(stager.device))
-        try:
-            return self.inner(*args, **kwargs)
-        finally:
-            stager.prefetcher.end_step(stream=current_stream(stager.device))
+        if torch.is_grad_enabled():
+            guard_outputs(output, unit.named())
+        return output
 
 
 class Stager:
@@ -127,56 +164,44 @@ class Stager:
         self.ring = prefetcher.ring
         self.device = device
         self.slots = slots
+        self.backward = BackwardStager(self.ring, slots, device, self.look_over)
         self.aliased_outputs = 0
         self.units: dict[str, StagedUnit] = {}
-        self.forwards: list[WrappedForward] = []
         self.adopted: list[str] = []
-        self._guards: list[RemovableHandle] = []
         self._unit_of: dict[str, StagedUnit] = {}
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
 
-    # ------------------------------------------------------------------------------------- install
-    def wrap(self, root: nn.Module, units: list[StagedUnit]) -> None:
-        """Put staging around the forward of every unit, and the borders of a step around that of `root`."""
-        for unit in units:
-            self.units[unit.name] = unit
-            self._unit_of.update((staged.entry, unit) for staged in unit.members)
-            self.forwards += [StagedForward(self, unit, module) for module in unit.modules]
-        self.forwards.append(StepForward(self, root))
-        self._guards = guard_state_dicts(units)
-        for forward in self.forwards:
-            forward.install()
-
-    def unwrap(self) -> None:
-        """Take all of that back."""
-        while self._guards:
-            self._guards.pop().remove()
-        while self.forwards:
-            self.forwards.pop().remove()
+    def add(self, unit: StagedUnit) -> None:
+        """Take a unit in."""
+        self.units[unit.name] = unit
+        self._unit_of.update((staged.entry, unit) for staged in unit.members)
 
     # --------------------------------------------------------------------------------- enter, leave
     def enter(self, unit: StagedUnit) -> Lease:
         """Stage a unit and point its tensors into the slot."""
         stream = current_stream(self.device)
-        with self._lock:
+        with self.lock:
             if unit.active:
                 lease = unit.active[0].share(stream)
                 lease.wait()
             else:
-                self._look_over(unit, stream)
+                self.look_over(unit)
                 lease = self.prefetcher.enter(unit.name, stream=stream)
                 if lease.slot is not None:
                     for staged, tensor in zip(unit.members, self._tensors(unit, lease.slot.index), strict=True):
-                        staged.tensor.data = tensor
+                        exchange_data(staged.tensor, tensor)
             unit.active.append(lease)
             return lease
 
     def leave(self, unit: StagedUnit, lease: Lease) -> None:
         """Point a unit's tensors back home, after its last caller has left it."""
-        with self._lock:
+        with self.lock:
             unit.active.remove(lease)
             try:
-                if lease.slot is not None and not unit.active:
+                if lease.slot is None:
+                    if any(staged.written_unseen for staged in unit.members):
+                        self.ring.changed_on_stream(unit.name, stream=lease.stream)
+                elif not unit.active:
                     self._go_home(unit, lease)
             finally:
                 self.prefetcher.leave(lease)
@@ -190,48 +215,41 @@ class Stager:
                 ]
         return tensors
 
-    def _look_over(self, unit: StagedUnit, stream: int) -> None:
-        """Before entering: take in what happened to the unit's tensors since it was left."""
-        written = False
-        for staged in unit.members:
-            self._check_places(unit, staged)
-            if staged.tensor.data_ptr() != staged.home.data_ptr():
-                self.adopt(unit, staged, staged.tensor.data)
-            version = version_of(staged.tensor)
-            if version != staged.version:
-                staged.version = version
-                written = True
-        if written:
-            self.ring.changed_on_stream(unit.name, stream=stream)
-            unit.generation += 1
+    def look_over(self, unit: StagedUnit) -> None:
+        """Take in what happened to a unit's tensors since it was left; nothing while it runs.
 
-    def _check_places(self, unit: StagedUnit, staged: StagedMember) -> None:
-        """Take in a Parameter object that was put in the place of the one that was offloaded."""
-        for module, attribute, name in staged.member.places:
-            found = module._parameters.get(attribute, module._buffers.get(attribute))
-            if found is staged.tensor or found is None:
-                continue
-            if len(staged.member.places) > 1:
-                raise AliasError(
-                    f'"{name}" was tied to {len(staged.member.places) - 1} other tensors when it was offloaded, and now '
-                    "holds another tensor; restore_() the module before untying it"
-                )
-            staged.member.tensor = found
+        A tensor object that was put in the place of ours stays where it is: it may be there for one call only
+        (`torch.func.functional_call`), and its bytes are its owner's.
+        """
+        with self.lock:
+            if unit.active:
+                return
+            restored = self.ring.closed  # and this is a backward that comes late
+            foreign = [staged for staged in unit.members if not staged.at_home and not restored]
+            if foreign:
+                self._adopt(unit, [(staged, plain_data(staged.tensor)) for staged in foreign])
+            written = [staged for staged in unit.members if staged.was_written()]
+            for staged in written:
+                staged.version = version_of(staged.tensor)
+                unit.touch(staged)
+            if written and not restored:
+                self.ring.changed_on_stream(unit.name, stream=current_stream(self.device))
 
     def _go_home(self, unit: StagedUnit, lease: Lease) -> None:
         """On leaving: bring home what the unit's forward wrote into the slot, or put in its place."""
         assert lease.slot is not None
         written: list[StagedMember] = []
-        adopted: list[tuple[StagedMember, torch.Tensor]] = []
+        foreign: list[tuple[StagedMember, torch.Tensor]] = []
         for staged, tensor in zip(unit.members, self._tensors(unit, lease.slot.index), strict=True):
             if staged.tensor.data_ptr() != tensor.data_ptr():
-                adopted.append((staged, staged.tensor.data))
-            else:
-                version = version_of(staged.tensor)
-                if version != staged.version:
-                    staged.version = version
-                    written.append(staged)
-            staged.tensor.data = staged.home
+                foreign.append((staged, plain_data(staged.tensor)))
+            elif staged.was_written():
+                staged.version = version_of(staged.tensor)
+                unit.touch(staged)
+                written.append(staged)
+            elif staged.written_unseen:
+                written.append(staged)
+            exchange_data(staged.tensor, staged.home)
         driver = self.ring.driver
         for staged in written:
             # In stream order behind the write itself; a tensor that overlaps another brings the same bytes twice.
@@ -245,49 +263,65 @@ class Stager:
             self.ring.stats.write_backs += 1
         if written:
             self.ring.changed_on_stream(unit.name, stream=lease.stream, valid=lease.slot)
-            unit.generation += 1
-        for staged, tensor in adopted:
-            self.adopt(unit, staged, tensor)
+        if foreign:
+            self._adopt(unit, foreign)
 
     # --------------------------------------------------------------------------------------- writes
-    def adopt(self, unit: StagedUnit, staged: StagedMember, tensor: torch.Tensor) -> None:
-        """Copy a tensor that somebody put in a parameter's place into the host bytes, and point it home again."""
-        if tensor.shape != staged.home.shape or tensor.dtype != staged.home.dtype:
-            raise AliasError(
-                f'"{staged.member.name}" was offloaded as {staged.member.spec} and now holds a '
-                f"{tensor.dtype}{list(tensor.shape)}; restore_() the module before changing what its tensors are"
-            )
-        self.write(unit, staged.entry, staged.member, tensor)
-        staged.tensor.data = staged.home
-        staged.version = version_of(staged.tensor)
-        self.adopted.append(staged.member.name)
+    def _adopt(self, unit: StagedUnit, foreign: list[tuple[StagedMember, torch.Tensor]]) -> None:
+        """Copy bytes that somebody gave our tensors (``.data =``) into the host bytes, and point them home again."""
+        for staged, tensor in foreign:
+            if tensor.shape != staged.home.shape or tensor.dtype != staged.home.dtype:
+                raise AliasError(
+                    f'"{staged.member.name}" was offloaded as {staged.member.spec} and now holds a '
+                    f"{tensor.dtype}{list(tensor.shape)}; restore_() the module before changing what its tensors are"
+                )
+        origins = {id(staged): tensor.data_ptr() - staged.slab_offset for staged, tensor in foreign}
+        for staged, _ in foreign:
+            for other in unit.members:
+                tied = other.overlaps(staged.slab_offset, staged.member.spec.nbytes)
+                if tied and origins.get(id(other)) != origins[id(staged)]:
+                    raise AliasError(
+                        f'"{staged.member.name}" shared its bytes with "{other.member.name}" when it was offloaded and '
+                        "now has others; restore_() the module before untying them"
+                    )
+        for staged, tensor in foreign:
+            exchange_data(staged.tensor, staged.home)
+            self._write(unit, staged, tensor)
+            self.adopted.append(staged.member.name)
 
-    def write(self, unit: StagedUnit, entry: str, member: Member, tensor: torch.Tensor) -> None:
+    def write(self, unit: StagedUnit, member: Member, tensor: torch.Tensor) -> None:
         """Write a tensor's elements into the host bytes, after everything enqueued that reads them."""
-        with self._lock:
+        with self.lock:
             if unit.active:
                 raise SlotError(f'unit "{unit.name}" is running; update "{member.name}" between two calls of it')
-            source = tensor.detach().to("cpu")
-            self.ring.driver.stream_synchronize(current_stream(self.device))
-            self.ring.before_host_write(unit.name)
-            home_tensor(unit.slab.host_view(entry), member).copy_(source)
-            self.ring.changed(unit.name)
-            unit.generation += 1
+            self.look_over(unit)
+            self._write(unit, next(staged for staged in unit.members if staged.member is member), tensor)
 
-    def changed(self, entry: str, stream: int) -> None:
-        """Take note that work enqueued on `stream` wrote an entry's bytes."""
+    def _write(self, unit: StagedUnit, staged: StagedMember, tensor: torch.Tensor) -> None:
+        source = tensor.detach().to("cpu")
+        self.ring.driver.stream_synchronize(current_stream(self.device))
+        self.ring.before_host_write(unit.name)
+        home_tensor(unit.slab.host_view(staged.entry), staged.member).copy_(source)
+        self.ring.changed(unit.name)
+        torch.autograd.graph.increment_version(staged.tensor)
+        staged.version = version_of(staged.tensor)
+        unit.touch(staged)
+
+    def changed(self, entry: str, member: Member, stream: int) -> None:
+        """Take note that work enqueued on `stream` wrote a tensor's bytes."""
         unit = self.unit_of(entry)
         if unit is not None:
-            with self._lock:
+            with self.lock:
                 self.ring.changed_on_stream(unit.name, stream=stream)
-                unit.generation += 1
+                unit.touch(next(staged for staged in unit.members if staged.member is member))
 
     def unit_of(self, entry: str) -> StagedUnit | None:
         """The unit that stages an entry."""
         return self._unit_of.get(entry)
 
-    def take_in(self) -> None:
-        """Take in what happened to tensors outside of their units, before they are moved away."""
-        with self._lock:
-            for unit in self.units.values():
-                self._look_over(unit, current_stream(self.device))
+    def check_idle(self) -> None:
+        """Refuse while a unit runs."""
+        with self.lock:
+            running = [unit.name for unit in self.units.values() if unit.active]
+        if running:
+            raise SlotError(f'unit "{running[0]}" is running; restore the module between two calls of it')

@@ -2,17 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.dlpack import from_dlpack
 
 from ..driver import Driver
-from ..errors import SpecError
-from ..spec import TensorSpec, dtype_names
+from ..errors import DeviceMemoryError, HostMemoryError, SpecError
+from ..spec import TensorSpec, dtype, dtype_names, format_nbytes
 from ..view import View
 
-__all__ = ["bytes_of", "current_stream", "spec_of", "tensor_in", "tensor_over", "torch_device", "torch_dtype"]
+__all__ = [
+    "bytes_of",
+    "current_stream",
+    "empty_bytes",
+    "overwrite",
+    "spec_of",
+    "tensor_in",
+    "tensor_over",
+    "torch_device",
+    "torch_dtype",
+    "version_of",
+]
 
-_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in dtype_names() if isinstance(getattr(torch, name, None), torch.dtype)}
+
+def _dtypes() -> Iterator[tuple[str, torch.dtype]]:
+    for name in dtype_names():
+        found = getattr(torch, name, None)
+        # torch.uint4 and its like are shells that take a byte an element; DLPack packs two into one.
+        if isinstance(found, torch.dtype) and found.itemsize * 8 == dtype(name).itembits:
+            yield name, found
+
+
+_DTYPES = dict(_dtypes())
 _NAMES = {value: name for name, value in _DTYPES.items()}
 
 
@@ -30,16 +54,54 @@ def spec_of(tensor: torch.Tensor, name: str = "tensor") -> TensorSpec:
     Raises
     ------
     SpecError
-        The tensor is sparse, quantised the old way, on meta, or of a dtype that DLPack does not know.
+        The tensor has no strided memory of its own (sparse, on meta, uninitialised, a wrapper subclass), a dtype that
+        DLPack does not know, bytes that do not say what its elements are (lazily conjugated, quantised), or no count
+        of the writes to it (made in inference mode).
     """
+    if is_lazy(tensor):
+        raise SpecError(f'"{name}" is not initialised yet; run a forward of the lazy module before offloading')
     if tensor.layout is not torch.strided or tensor.is_quantized:
-        raise SpecError(f'"{name}" is {tensor.layout} and quantized={tensor.is_quantized}; only strided memory is moved')
+        what = "quantised" if tensor.is_quantized else str(tensor.layout)
+        raise SpecError(f'"{name}" is {what}; only tensors of plain strided memory are moved')
     if tensor.is_meta:
         raise SpecError(f'"{name}" is on the meta device and has no bytes; load the weights before offloading')
-    dtype = _NAMES.get(tensor.dtype)
-    if dtype is None:
-        raise SpecError(f'"{name}" has dtype {tensor.dtype}, which has no DLPack code; view it as uint8 first')
-    return TensorSpec(tuple(tensor.shape), dtype, tuple(tensor.stride()))
+    if _wraps_others(tensor):
+        raise SpecError(f'"{name}" is a {type(tensor).__name__}, which wraps tensors and has no memory of its own')
+    if tensor.is_conj() or tensor.is_neg():
+        raise SpecError(f'"{name}" is a lazy conjugate or negative; put x.resolve_conj().resolve_neg() in its place')
+    if tensor.is_inference():
+        raise SpecError(
+            f'"{name}" was made under torch.inference_mode(), where torch counts no writes, so a write to it could be '
+            "missed; build the module under torch.no_grad() instead"
+        )
+    found = _NAMES.get(tensor.dtype)
+    if found is None:
+        raise SpecError(f'"{name}" has dtype {tensor.dtype}, which DLPack has no code for; view it as uint8 first')
+    return TensorSpec(tuple(tensor.shape), found, tuple(tensor.stride()))
+
+
+def _wraps_others(tensor: object) -> bool:
+    return is_traceable_wrapper_subclass(tensor)
+
+
+def empty_bytes(nbytes: int, device: torch.device) -> torch.Tensor:
+    """Bytes from torch's own allocator, so that its accounting stays true.
+
+    Raises
+    ------
+    DeviceMemoryError, HostMemoryError
+        It has not that much to give.
+    """
+    try:
+        return torch.empty(nbytes, dtype=torch.uint8, device=device)
+    except torch.OutOfMemoryError as error:
+        raise DeviceMemoryError(
+            f"torch would not allocate {format_nbytes(nbytes)} on {device}: {error}", nbytes=nbytes
+        ) from error
+    except RuntimeError as error:  # what its allocator for the CPU raises
+        if device.type != "cpu":
+            raise
+        raise HostMemoryError(f"torch would not allocate {format_nbytes(nbytes)}: {error}", nbytes=nbytes) from error
 
 
 def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -76,3 +138,14 @@ def current_stream(device: torch.device) -> int:
     if device.type == "cpu":
         return 0
     return int(torch.cuda.current_stream(device).cuda_stream)
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """The counter that torch raises at every in-place write; inference tensors have none."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def overwrite(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy elements in place, as any in-place write: torch's count of writes goes up."""
+    with torch.inference_mode(target.is_inference()), torch.no_grad():
+        target.copy_(source)

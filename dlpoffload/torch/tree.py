@@ -15,6 +15,9 @@ from .tensors import spec_of
 
 __all__ = ["Entry", "Member", "collect", "unit_tree"]
 
+_INDIVISIBLE = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+"""They hand the weights of their children to kernels and do not call the children, always or on their fast path."""
+
 
 @dataclass(eq=False, slots=True)
 class Member:
@@ -28,12 +31,16 @@ class Member:
     byte_offset : int
         Where it lies in its entry's bytes.
     places : list of (module, attribute, qualified name)
+        Each once, under the first name of its module.
+    names : dict of str to (module, attribute)
+        Every qualified name: a module that stands at two paths gives its tensors two.
     """
 
     tensor: torch.Tensor
     spec: TensorSpec
     byte_offset: int
-    places: list[tuple[nn.Module, str, str]]
+    places: list[tuple[nn.Module, str, str]] = field(default_factory=list)
+    names: dict[str, tuple[nn.Module, str]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -53,13 +60,17 @@ class Entry:
 def collect(root: nn.Module) -> list[Entry]:
     """Every parameter and buffer of a module, tied ones joined."""
     members: dict[int, Member] = {}
-    for path, module in root.named_modules(remove_duplicate=True):
+    seen: set[int] = set()
+    for path, module in root.named_modules(remove_duplicate=False):
         for attribute, tensor in _own_tensors(module):
             name = f"{path}.{attribute}" if path else attribute
             member = members.get(id(tensor))
             if member is None:
-                member = members[id(tensor)] = Member(tensor, spec_of(tensor, name), 0, [])
-            member.places.append((module, attribute, name))
+                member = members[id(tensor)] = Member(tensor, spec_of(tensor, name), 0)
+            member.names[name] = module, attribute
+            if id(module) not in seen:
+                member.places.append((module, attribute, name))
+        seen.add(id(module))
     return [_entry(group) for group in _overlapping(list(members.values()))]
 
 
@@ -112,6 +123,7 @@ def _entry(group: list[Member]) -> Entry:
 def unit_tree(root: nn.Module, entries: list[Entry]) -> UnitTree:
     """The tree of modules, each entry at the lowest module that has all its places below it."""
     paths: dict[int, str] = {id(module): path for path, module in root.named_modules(remove_duplicate=True)}
+    whole = {paths[id(module)] for module in root.modules() if isinstance(module, _INDIVISIBLE)}
     own: dict[str, dict[str, TensorSpec]] = {}
     for entry in entries:
         modules = [paths[id(place[0])].split(".") for member in entry.members for place in member.places]
@@ -122,7 +134,9 @@ def unit_tree(root: nn.Module, entries: list[Entry]) -> UnitTree:
                 min(len(common), len(segments)),
             )
             common = common[:length]
-        own.setdefault(".".join(common), {})[entry.name] = entry.spec
+        ancestors = (".".join(common[:length]) for length in range(len(common) + 1))
+        path = next((ancestor for ancestor in ancestors if ancestor in whole), ".".join(common))
+        own.setdefault(path, {})[entry.name] = entry.spec
     seen: set[int] = set()
 
     def node(module: nn.Module, path: str) -> UnitTree:
@@ -135,7 +149,7 @@ def unit_tree(root: nn.Module, entries: list[Entry]) -> UnitTree:
         return UnitTree(
             name=path,
             tensors=own.get(path, {}),
-            children=children,
+            children=() if path in whole else children,
             repeated=isinstance(module, nn.ModuleList | nn.Sequential | nn.ModuleDict),
             kind=type(module).__name__,
             callable=_is_callable(module),
@@ -150,5 +164,3 @@ def _is_callable(module: nn.Module) -> bool:
     """Whether the module has a forward of its own: a ModuleList has none."""
     unimplemented = getattr(nn.modules.module, "_forward_unimplemented", None)
     return type(module).forward is not unimplemented
-
-

@@ -14,8 +14,7 @@ __all__ = ["WrappedForward"]
 class WrappedForward:
     """Base of what stands in the place of a module's forward.
 
-    It belongs to one module of one offloaded model, so it must not be copied along with it: the mark of
-    `OffloadHandle` beside it refuses deepcopy and pickle.
+    It belongs to one module of one offloaded model, so it must not be copied along with it: see `copying`.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -26,8 +25,9 @@ class WrappedForward:
         """Take the place of the module's forward as it is now."""
         self.inner: Callable[..., Any] = self.module.forward
         self.before = self.module.__dict__.get("forward")
-        # inspect.signature, which some libraries ask of a forward, follows __wrapped__
-        functools.update_wrapper(cast("Callable[..., Any]", self), self.inner)
+        # inspect.signature, which some libraries ask of a forward, follows __wrapped__. Its __dict__ is not taken over:
+        # where a module is wrapped twice, that of the other wrapper would replace what we just set.
+        functools.update_wrapper(cast("Callable[..., Any]", self), self.inner, updated=())
         self.module.__dict__["forward"] = self
         self.installed = True
 

@@ -188,6 +188,19 @@ class SlotRing:
                 state.last_use = next(self._uses)
             return Lease(self, unit, handle, timeline, state)
 
+    def host_lease(self, unit: str, *, stream: int | StreamLike = 0) -> Lease:
+        """Lease a unit's host bytes themselves, without a slot: for a copy of one's own out of them.
+
+        *Ordering*: `Lease.wait` makes `stream` wait for the device's writes of these bytes; a host write waits for what
+        is enqueued on `stream` until `Lease.release`.
+        """
+        handle = stream_handle(stream)
+        with self._lock, self.driver.current():
+            self._slab(unit)
+            timeline = self._timelines.entering(handle)
+            timeline.mapped_leases[unit] += 1
+            return Lease(self, unit, handle, timeline, None)
+
     def look_ahead(self, units: Sequence[str], *, stream: int | StreamLike = 0) -> None:
         """Prefetch units that are needed next, in this order, into slots that are free; leases nothing.
 

@@ -7,15 +7,34 @@ seed; the inputs are on the CPU.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 
-__all__ = ["CASES", "Block", "Case", "Decoder", "flat_outputs"]
+from dlpoffload.errors import PlanError
+from dlpoffload.torch import OffloadHandle, offload_
+
+__all__ = [
+    "CASES",
+    "Block",
+    "Case",
+    "Decoder",
+    "Step",
+    "Tower",
+    "assert_same",
+    "case_of",
+    "distinct_nbytes",
+    "flat_outputs",
+    "offload_at",
+    "run",
+    "same",
+    "tensors_of",
+]
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -63,7 +82,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm(x))
-        return x + self.down(F.gelu(self.up(x)))
+        return x + self.down(functional.gelu(self.up(x)))
 
 
 class Decoder(nn.Module):
@@ -163,7 +182,7 @@ class Expert(nn.Module):
         self.down = nn.Linear(2 * width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        return self.down(functional.silu(self.gate(x)) * self.up(x))
 
 
 class Mixture(nn.Module):
@@ -223,7 +242,7 @@ class Resnet(nn.Module):
         self.skip = nn.Conv2d(inside, outside, 1) if inside != outside else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.skip(x) + self.conv2(F.silu(self.conv1(F.silu(self.norm(x)))))
+        return self.skip(x) + self.conv2(functional.silu(self.conv1(functional.silu(self.norm(x)))))
 
 
 class SpatialAttention(nn.Module):
@@ -429,7 +448,7 @@ class OddBlock(nn.Module):
         self.int8 = _frozen(bytes_(width, width))
         self.register_buffer("uint8", bytes_(width, width).view(torch.uint8))
         self.register_buffer("mask", bytes_(width) > 0)
-        self.half = _frozen(torch.randn(width, width, generator=g).bfloat16())
+        self.bf16 = _frozen(torch.randn(width, width, generator=g).bfloat16())
         self.fp16 = _frozen(torch.randn(width, generator=g).half())
         self.fp8 = _frozen(torch.randn(width, width, generator=g).to(torch.float8_e4m3fn))
         self.register_buffer("fp8_scale", torch.rand(1, generator=g).to(torch.float8_e5m2))
@@ -446,11 +465,11 @@ class OddBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x @ self.int8.float() / 1000 + (x @ self.uint8.float()) / 1000
         x = torch.where(self.mask, x, x * self.fp16.float())
-        x = x @ self.half.float() @ self.fp8.float() / 100 * self.fp8_scale.float()
+        x = x @ self.bf16.float() @ self.fp8.float() / 100 * self.fp8_scale.float()
         x = torch.fft.ifft(torch.fft.fft(x) * self.spectrum).real
         x = (x.double() * self.wide).float() + self.count.sum() % 7
-        x = x * self.gain + F.linear(x, self.empty).sum() + self.nothing.sum()
-        return (F.linear(x, self.transposed).chunk(2, -1)[0] @ self.sliced + self.expanded.sum(0)).tanh()
+        x = x * self.gain + functional.linear(x, self.empty).sum() + self.nothing.sum()
+        return (functional.linear(x, self.transposed).chunk(2, -1)[0] @ self.sliced + self.expanded.sum(0)).tanh()
 
 
 class Odd(nn.Module):
@@ -492,7 +511,7 @@ class TiedBlock(nn.Module):
         self.again = nn.Parameter(self.mix.weight.data[:4])
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.up(x) + self.down(x)).chunk(2, -1)[0]
+        x = functional.relu(self.up(x) + self.down(x)).chunk(2, -1)[0]
         return self.mix(x) + self.again.sum()
 
 
@@ -509,6 +528,29 @@ def _parametrized() -> nn.Module:
         layers.append(nn.utils.parametrizations.weight_norm(nn.Linear(96, 96)))
         layers.append(nn.utils.parametrizations.spectral_norm(nn.Linear(96, 96)))
     return nn.Sequential(*layers)
+
+
+class Step(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.a = nn.Linear(width, 2 * width)
+        self.b = nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.b(functional.relu(self.a(x)))
+
+
+class Tower(nn.Module):
+    """The simplest thing that streams; `order` says which layers run, and in which order."""
+
+    def __init__(self, depth: int = 6, width: int = 32) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Step(width) for _ in range(depth))
+
+    def forward(self, x: Tensor, order: Iterable[int] | None = None) -> Tensor:
+        for index in range(len(self.layers)) if order is None else order:
+            x = self.layers[index](x)
+        return x
 
 
 # ----------------------------------------------------------------------------------------------- the zoo
@@ -584,3 +626,68 @@ def flat_outputs(output: Any) -> list[Tensor]:
     if dataclasses.is_dataclass(output) and not isinstance(output, type):
         return [t for field in dataclasses.fields(output) for t in flat_outputs(getattr(output, field.name))]
     return []
+
+
+def case_of(name: str) -> Case:
+    """The case of a name."""
+    return next(case for case in CASES if case.name == name)
+
+
+# -------------------------------------------------------------------------------------------- comparison
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have equal shape, dtype and bits."""
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(_bits(a), _bits(b))
+
+
+def assert_same(found: Any, wanted: Any, where: str = "") -> None:
+    """Compare every tensor of two outputs bit by bit."""
+    left, right = flat_outputs(found), flat_outputs(wanted)
+    assert len(left) == len(right), where
+    assert right, where
+    wrong = [index for index, (a, b) in enumerate(zip(left, right, strict=True)) if not same(a, b)]
+    assert not wrong, f"{where}: outputs {wrong} of {len(right)} differ"
+
+
+def run(module: nn.Module, inputs: Inputs) -> Any:
+    """Call a module."""
+    args, kwargs = inputs
+    return module(*args, **kwargs)
+
+
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer under every name, those that state_dict leaves out too."""
+    found: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
+    found.update(module.named_buffers(remove_duplicate=False))
+    return found
+
+
+def distinct_nbytes(module: nn.Module) -> int:
+    """Bytes that a module's tensors span, those that several share counted once."""
+    spans = []
+    for tensor in {id(t): t for t in tensors_of(module).values() if t.numel()}.values():
+        last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+        spans.append((tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()))
+    total = reach = 0
+    for start, end in sorted(spans):
+        total += max(end - max(start, reach), 0)
+        reach = max(reach, end)
+    return total
+
+
+def offload_at(module: nn.Module, budget: int, device: str) -> OffloadHandle:
+    """Offload at a budget, or at the smallest that the error names; one byte less must not do."""
+    try:
+        return offload_(module, budget, device=device)
+    except PlanError as error:
+        smallest = error.smallest_budget
+    assert smallest is not None
+    assert smallest > budget
+    with pytest.raises(PlanError, match=str(smallest)):
+        offload_(module, smallest - 1, device=device)
+    return offload_(module, smallest, device=device)

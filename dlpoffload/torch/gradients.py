@@ -1,0 +1,79 @@
+"""Gradients pass through offloaded weights, to inputs and adapters; they never reach an offloaded weight itself.
+
+A gradient of the size of the weights would land on the device. So a backward that would accumulate one is refused at
+the outputs of the module, before anything accumulates anywhere inside of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from typing import Any, NoReturn
+
+import torch
+from torch.autograd.graph import get_gradient_edge
+
+from ..errors import GradientError
+
+__all__ = ["guard_outputs", "refuse_gradients"]
+
+
+def refuse_gradients(named: Iterable[tuple[str, torch.Tensor]]) -> list[torch.utils.hooks.RemovableHandle]:
+    """The last line: a hook on each offloaded parameter that requires a gradient now."""
+    return [
+        tensor.register_hook(_Refusal(name))  # type: ignore[no-untyped-call]
+        for name, tensor in named
+        if tensor.requires_grad
+    ]
+
+
+def guard_outputs(output: Any, named: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Let a backward through `output` look first whether it will reach one of these parameters."""
+    trainable = [(name, get_gradient_edge(tensor).node) for name, tensor in named if tensor.requires_grad]
+    if trainable:
+        for tensor in _tensors(output):
+            if tensor.requires_grad:
+                tensor.register_hook(_Check(trainable))  # type: ignore[no-untyped-call]
+
+
+class _Check:
+    def __init__(self, trainable: list[tuple[str, Any]]) -> None:
+        self.trainable = trainable
+
+    def __call__(self, gradient: torch.Tensor) -> None:
+        for name, node in self.trainable:
+            try:
+                reached = torch._C._will_engine_execute_node(node)
+            except RuntimeError:  # torch.autograd.grad was asked for this very parameter
+                reached = True
+            if reached:
+                _refuse(name)
+
+
+class _Refusal:
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, gradient: torch.Tensor) -> NoReturn:
+        _refuse(self.name)
+
+
+def _refuse(name: str) -> NoReturn:
+    raise GradientError(
+        f'backward would accumulate a gradient for "{name}", which is offloaded; freeze it with requires_grad_(False) '
+        "(gradients pass through it all the same), or keep it on the device by a pattern_policy"
+    )
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            yield from _tensors(getattr(value, field.name))

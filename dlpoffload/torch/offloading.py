@@ -1,0 +1,87 @@
+"""The arguments of `offload_`, and what they make of a module: a plan, and everything in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from ..driver import Driver
+from ..errors import HostMemoryError, PlanError, RegistrationError
+from ..planning import CostModel, Plan, Policy, Unit, UnitTree, all_mapped, choose_units, plan
+from .placed import Placed
+from .tree import Entry, collect, unit_tree
+
+__all__ = ["Offloading", "Pageable"]
+
+Pageable = Literal["never", "if_refused", "always"]
+
+
+@dataclass(frozen=True, slots=True)
+class Offloading:
+    """What was asked for; see `offload_`."""
+
+    driver: Driver
+    device_budget: int | str
+    units: Sequence[str] | Mapping[str, Sequence[str]] | None
+    slots: int | None
+    policy: Policy
+    cost: CostModel | None
+    pageable: Pageable
+    stage_unmapped: bool
+
+    def __post_init__(self) -> None:
+        if self.pageable not in ("never", "if_refused", "always"):
+            raise PlanError(f'pageable={self.pageable!r}; use "never", "if_refused" or "always"')
+        if self.policy is all_mapped and (self.units is not None or self.slots is not None):
+            raise PlanError("policy=all_mapped stages nothing, so units and slots have no effect; leave them out")
+
+    def plan(self, module: nn.Module, *, pinned: bool) -> tuple[list[Entry], Plan]:
+        """Each distinct tensor of a module, and where it is to live. Changes nothing."""
+        entries = collect(module)
+        if not any(entry.spec.nbytes for entry in entries):
+            raise PlanError(f"a {type(module).__name__} without parameters and buffers has nothing to offload")
+        tree = unit_tree(module, entries)
+        slots = 2 if self.slots is None else self.slots
+        units = self.units
+        mapped = pinned and self.driver.capabilities().map_host_memory
+        chosen = self._with_loose(tree, slots) if self.stage_unmapped and not mapped else None
+        decided = plan(
+            tree,
+            self.device_budget,
+            units=units if chosen is None else chosen,
+            slots=slots,
+            policy=self.policy,
+            cost=self.cost,
+        )
+        return entries, decided
+
+    def _with_loose(self, tree: UnitTree, slots: int) -> list[Unit]:
+        """The units, and each tensor that is in none as a unit of its own: nothing is left to be mapped."""
+        if isinstance(self.units, Mapping):
+            chosen = [Unit(name, tuple(names)) for name, names in self.units.items()]
+        else:
+            chosen = choose_units(tree, self.device_budget, slots, units=self.units, cost=self.cost)
+        inside = {name for unit in chosen for name in unit.tensors}
+        return [*chosen, *(Unit(name, (name,)) for name in tree.specs() if name not in inside)]
+
+    def place(self, module: nn.Module, former: Mapping[int, torch.device] | None = None) -> Placed:
+        """Plan, and put everything in its place. After an error every tensor is in memory of its former kind."""
+        with torch.inference_mode(False), torch.no_grad():
+            if self.pageable == "always":
+                return self._place(module, former, pinned=False)
+            try:
+                return self._place(module, former, pinned=True)
+            except (HostMemoryError, RegistrationError) as refused:
+                if self.pageable == "never":
+                    raise
+                placed = self._place(module, None, pinned=False)
+                placed.pageable_because = str(refused)
+                return placed
+
+    def _place(self, module: nn.Module, former: Mapping[int, torch.device] | None, *, pinned: bool) -> Placed:
+        entries, decided = self.plan(module, pinned=pinned)
+        return Placed(module, entries, decided, self.driver, pinned=pinned, former=former)
