@@ -81,9 +81,7 @@ class HostMemoryError(OffloadError, MemoryError):
         Its figure in bytes.
     """
 
-    def __init__(
-        self, message: str, *, nbytes: int, limit: str = "", limit_nbytes: int | None = None
-    ) -> None:
+    def __init__(self, message: str, *, nbytes: int, limit: str = "", limit_nbytes: int | None = None) -> None:
         self.nbytes = nbytes
         self.limit = limit
         self.limit_nbytes = limit_nbytes

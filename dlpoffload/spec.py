@@ -122,7 +122,7 @@ def dtype(what: DType | str | tuple[int, int, int]) -> DType:
             )
         return found
     raise SpecError(
-        f"a dtype is a name such as \"bfloat16\" or a DLPack (code, bits, lanes), not {what!r}; "
+        f'a dtype is a name such as "bfloat16" or a DLPack (code, bits, lanes), not {what!r}; '
         "str() of a NumPy dtype is such a name"
     )
 
@@ -150,9 +150,7 @@ class TensorSpec:
     dtype: DType
     strides: tuple[int, ...]
 
-    def __init__(
-        self, shape: Sequence[int], dtype: DType | str, strides: Sequence[int] | None = None
-    ) -> None:
+    def __init__(self, shape: Sequence[int], dtype: DType | str, strides: Sequence[int] | None = None) -> None:
         shape = _lengths("shape", shape)
         element = globals()["dtype"](dtype)
         compact = _row_major(shape)
@@ -161,9 +159,7 @@ class TensorSpec:
         else:
             strides = _lengths("strides", strides)
             if len(strides) != len(shape):
-                raise SpecError(
-                    f"shape {shape} has {len(shape)} dimensions but strides {strides} have {len(strides)}"
-                )
+                raise SpecError(f"shape {shape} has {len(shape)} dimensions but strides {strides} have {len(strides)}")
         if element.itembits % 8 and strides != compact:
             raise SpecError(
                 f'dtype "{element.name}" packs several elements into a byte, so strides {strides} of shape '
@@ -192,9 +188,7 @@ class TensorSpec:
         if self.numel == 0:
             return True
         wanted = _row_major(self.shape)
-        return all(
-            n == 1 or s == w for n, s, w in zip(self.shape, self.strides, wanted, strict=True)
-        )
+        return all(n == 1 or s == w for n, s, w in zip(self.shape, self.strides, wanted, strict=True))
 
     def __str__(self) -> str:
         layout = "" if self.is_row_major else f" strides {self.strides}"
@@ -285,7 +279,7 @@ def parse_nbytes(what: int | str, name: str = "nbytes") -> int:
         scale: int = 10 ** len(fraction)
         return int(whole + fraction) * unit // scale
     if isinstance(what, bool) or not hasattr(what, "__index__"):
-        raise SpecError(f"{name}={what!r} is not a count of bytes; pass an int or a string such as \"20GiB\"")
+        raise SpecError(f'{name}={what!r} is not a count of bytes; pass an int or a string such as "20GiB"')
     count: int = what.__index__()
     if count < 0:
         raise SpecError(f"{name}={count} is negative; a count of bytes is zero or more")
@@ -298,5 +292,3 @@ def format_nbytes(nbytes: int) -> str:
         if abs(nbytes) >= scale:
             return f"{nbytes} bytes ({nbytes / scale:.2f} {unit})"
     return f"{nbytes} bytes"
-
-

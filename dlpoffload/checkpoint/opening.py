@@ -167,8 +167,7 @@ def _read_index(path: Path) -> dict[str, list[str]]:
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise CheckpointError(
-            f'"{path}" is no index of a checkpoint: it has no "weight_map" from tensors to files; '
-            "fetch it again"
+            f'"{path}" is no index of a checkpoint: it has no "weight_map" from tensors to files; fetch it again'
         )
     if not weight_map:
         raise CheckpointError(f'"{path}" names no tensors; there is nothing to read')

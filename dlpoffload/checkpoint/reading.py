@@ -151,9 +151,7 @@ def _reads(homes: Mapping[str, Shard], byte_offsets: Mapping[str, int]) -> Itera
         yield read
 
 
-def _extents(
-    homes: Mapping[str, Shard], byte_offsets: Mapping[str, int]
-) -> list[tuple[Shard, int, int, int]]:
+def _extents(homes: Mapping[str, Shard], byte_offsets: Mapping[str, int]) -> list[tuple[Shard, int, int, int]]:
     """Of every piece: file, byte offset in it, byte offset in the slab, bytes; in the order of the files."""
     found = []
     for name, target in byte_offsets.items():

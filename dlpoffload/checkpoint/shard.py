@@ -149,8 +149,7 @@ def _spec_of(path: Path, name: str, stored_dtype: str, shape: list[int]) -> Tens
     known = _DTYPES.get(stored_dtype)
     if known is None:
         raise CheckpointError(
-            f'"{path}" stores tensor "{name}" as {stored_dtype}; known are {", ".join(_DTYPES)}; '
-            "convert it first"
+            f'"{path}" stores tensor "{name}" as {stored_dtype}; known are {", ".join(_DTYPES)}; convert it first'
         )
     if stored_dtype == "F4":
         if not shape or shape[-1] % 2:

@@ -134,8 +134,7 @@ class HostStore:
             return store
         if not isinstance(source, Mapping):
             raise SpecError(
-                "a store is a copy of a mapping from names to tensors, or of a path, "
-                f"not of a {type(source).__name__}"
+                f"a store is a copy of a mapping from names to tensors, or of a path, not of a {type(source).__name__}"
             )
         store = cls.allocate({n: _row_major(n, p) for n, p in source.items()}, units=units, device=device)
         with ExitStack() as undo:
@@ -259,9 +258,7 @@ class HostStore:
             if self._closed:
                 raise ClosedError(f"this store of {format_nbytes(self.nbytes)} is closed; make a new one")
             if region.buffer is None:
-                region.buffer = HostBuffer.allocate(
-                    region.buffer_nbytes, device=self._device, pinned=self._pinned
-                )
+                region.buffer = HostBuffer.allocate(region.buffer_nbytes, device=self._device, pinned=self._pinned)
             return region.buffer
 
     def _buffers(self) -> list[HostBuffer]:

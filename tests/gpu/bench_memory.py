@@ -70,7 +70,11 @@ def main() -> None:
     results = {}
     for name, code in WAYS.items():
         run = subprocess.run(
-            [sys.executable, "-c", PRELUDE + code, str(nbytes)], capture_output=True, text=True, timeout=200, check=False
+            [sys.executable, "-c", PRELUDE + code, str(nbytes)],
+            capture_output=True,
+            text=True,
+            timeout=200,
+            check=False,
         )
         if run.returncode:
             print(f"{name:34s} not measured: {run.stderr.strip().splitlines()[-1]}")

@@ -152,9 +152,7 @@ def test_order_and_metadata(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("limit", [1, 7, 4096])
-def test_short_reads_are_continued(
-    tmp_path: Path, rng: Any, monkeypatch: pytest.MonkeyPatch, limit: int
-) -> None:
+def test_short_reads_are_continued(tmp_path: Path, rng: Any, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
     tensors = {f"{i}": rng.integers(0, 256, size=i * 37, dtype=np.uint8) for i in range(12)}
     safetensors_numpy.save_file(tensors, tmp_path / "x.safetensors")
 
@@ -171,9 +169,7 @@ def test_short_reads_are_continued(
         assert stored(store) == {name: array.tobytes() for name, array in tensors.items()}
 
 
-def test_large_tensors_in_pieces_small_ones_together(
-    tmp_path: Path, rng: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_tensors_in_pieces_small_ones_together(tmp_path: Path, rng: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = {f"{i:03}": rng.integers(0, 256, size=10, dtype=np.uint8) for i in range(100)}
     tensors["large"] = rng.integers(0, 256, size=1000, dtype=np.uint8)
     safetensors_numpy.save_file(tensors, tmp_path / "x.safetensors")
@@ -250,15 +246,11 @@ def test_host_memory_holds_the_weights_once(tmp_path: Path) -> None:
         store = HostStore.copy_of(sys.argv[1], device="cpu")
         print(peak() - before)
     """
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
     assert nbytes <= int(done.stdout) + (8 << 20) <= nbytes + (24 << 20)
 
 
-def test_safetensors_is_loaded_late_and_missed_by_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_safetensors_is_loaded_late_and_missed_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = "import sys, dlpoffload.store, dlpoffload.checkpoint; print('safetensors' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
@@ -369,9 +361,7 @@ def _rewrite(path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [_cut, _grow, _rewrite])
-def test_file_that_changes_while_it_is_read(
-    tmp_path: Path, rng: Any, change: Callable[[Path], None]
-) -> None:
+def test_file_that_changes_while_it_is_read(tmp_path: Path, rng: Any, change: Callable[[Path], None]) -> None:
     path = tmp_path / "x.safetensors"
     safetensors_numpy.save_file({"w": rng.standard_normal((64, 64))}, path)
     slab = memoryview(bytearray(64 * 64 * 8))
