@@ -29,7 +29,8 @@ _HOME = {
         "SpecError",
     ),
     "spec": ("DType", "TensorSpec", "dtype", "format_nbytes", "lay_out", "parse_nbytes"),
-    "view": ("Label", "View", "view_of"),
+    "view": ("Label", "View"),
+    "producers": ("view_of",),
     "memory": ("DeviceBuffer", "HostBuffer", "live_buffers", "pinned_nbytes"),
     "planning": ("Placement", "Plan", "Unit", "plan"),
     "store": ("HostStore",),
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
     from .planning import Plan as Plan
     from .planning import Unit as Unit
     from .planning import plan as plan
+    from .producers import view_of as view_of
     from .spec import DType as DType
     from .spec import TensorSpec as TensorSpec
     from .spec import dtype as dtype
@@ -76,7 +78,6 @@ if TYPE_CHECKING:
     from .transfer import SlotRing as SlotRing
     from .view import Label as Label
     from .view import View as View
-    from .view import view_of as view_of
 
 
 def __getattr__(name: str) -> Any:

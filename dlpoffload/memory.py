@@ -12,8 +12,9 @@ from .driver import Driver, open_driver
 from .errors import AliasError, ClosedError, RegistrationError, SpecError
 from .lifetime import drain, live, release_now
 from .maps import check_registrable
+from .producers import view_of
 from .spec import ALIGNMENT, DType, TensorSpec, format_nbytes, lay_out, parse_nbytes
-from .view import CPU, CUDA, Label, View, checked_range, copied_nbytes, copy_elements, view_of
+from .view import CPU, CUDA, Label, View, checked_range, copied_nbytes, copy_elements
 
 __all__ = ["DeviceBuffer", "HostBuffer", "live_buffers", "pinned_nbytes"]
 

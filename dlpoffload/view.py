@@ -1,4 +1,4 @@
-"""`View`: bytes that somebody else owns, with a shape, a dtype and a device, handed out and taken in as DLPack.
+"""`View`: bytes that somebody else owns, with a shape, a dtype and a device, handed out as DLPack.
 
 Source: the Python array API standard, ``__dlpack__`` and ``__dlpack_device__``; DLPack 1.3.
 """
@@ -6,26 +6,36 @@ Source: the Python array API standard, ``__dlpack__`` and ``__dlpack_device__``;
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from enum import Enum
-from functools import partial
 from typing import Any, Final, NoReturn
 
 from . import _native
 from .blocks import Block, allocate_device, allocate_pageable, allocate_pinned
 from .driver import Driver, open_driver
-from .errors import AliasError, ClosedError, DriverNotFoundError, SpecError
-from .lifetime import own
-from .spec import DType, TensorSpec, dtype, format_nbytes, parse_nbytes
+from .errors import AliasError, DriverNotFoundError
+from .spec import DType, TensorSpec, format_nbytes, parse_nbytes
 
-__all__ = ["CPU", "CUDA", "CUDA_HOST", "Label", "View", "checked_range", "copied_nbytes", "copy_elements", "view_of"]
+__all__ = [
+    "CPU",
+    "CUDA",
+    "CUDA_HOST",
+    "DEVICE_NAMES",
+    "NO_ORDER",
+    "Label",
+    "View",
+    "check_stream",
+    "checked_range",
+    "copied_nbytes",
+    "copy_elements",
+]
 
 CPU: Final = 1
 CUDA: Final = 2
 CUDA_HOST: Final = 3
-_DEVICE_NAMES: Final = {CPU: "kDLCPU", CUDA: "kDLCUDA", CUDA_HOST: "kDLCUDAHost"}
+DEVICE_NAMES: Final = {CPU: "kDLCPU", CUDA: "kDLCUDA", CUDA_HOST: "kDLCUDAHost"}
 _LEGACY_STREAM: Final = 1
-_NO_ORDER: Final = -1
+NO_ORDER: Final = -1
 
 
 class Label(Enum):
@@ -233,7 +243,7 @@ class View:
         if copy not in (None, True, False):
             raise AliasError(f"copy={copy!r}; the standard knows True, False and None")
         wanted = self._device(capsule=False) if dl_device is None else _checked_device(dl_device)
-        _check_stream(stream, wanted)
+        check_stream(stream, wanted)
         alias = self if dl_device is None else self._on(wanted)
         if alias is None and copy is False:
             raise AliasError(
@@ -298,7 +308,7 @@ class View:
         )
 
     def _order(self, device: tuple[int, int], stream: int | None) -> None:
-        if self._ready is None or stream == _NO_ORDER:
+        if self._ready is None or stream == NO_ORDER:
             return
         if device[0] == CUDA:
             self._driver().stream_wait_event(_LEGACY_STREAM if stream is None else stream, self._ready)
@@ -307,7 +317,7 @@ class View:
 
     def _settle(self, stream: int | None = None) -> None:
         """Block the host until the bytes are there: what fills them, and what `stream` does to device memory."""
-        if stream == _NO_ORDER:
+        if stream == NO_ORDER:
             return
         if self._ready is not None:
             self._driver().event_synchronize(self._ready)
@@ -402,10 +412,10 @@ def _overlap(start: int, nbytes: int, other: int, other_nbytes: int) -> bool:
     return start < other + other_nbytes and other < start + nbytes
 
 
-def _check_stream(stream: int | None, device: tuple[int, int]) -> None:
+def check_stream(stream: int | None, device: tuple[int, int]) -> None:
     if stream is None:
         return
-    if isinstance(stream, bool) or not isinstance(stream, int) or stream < _NO_ORDER:
+    if isinstance(stream, bool) or not isinstance(stream, int) or stream < NO_ORDER:
         raise AliasError(f"stream={stream!r}; the array API standard knows None and whole numbers from -1 on")
     if device[0] == CPU:
         raise AliasError(f"stream={stream} for {_device_text(device)}, which has no streams; pass None")
@@ -418,151 +428,13 @@ def _check_stream(stream: int | None, device: tuple[int, int]) -> None:
 
 def _checked_device(device: tuple[int, int]) -> tuple[int, int]:
     kind, number = int(device[0]), int(device[1])
-    if kind not in _DEVICE_NAMES or number < 0 or (number and kind != CUDA):
+    if kind not in DEVICE_NAMES or number < 0 or (number and kind != CUDA):
         raise AliasError(
             f"dl_device={device} is no device of this library; "
-            f"known are {', '.join(f'{name} ({value})' for value, name in _DEVICE_NAMES.items())}"
+            f"known are {', '.join(f'{name} ({value})' for value, name in DEVICE_NAMES.items())}"
         )
     return kind, number
 
 
 def _device_text(device: tuple[int, int]) -> str:
-    return f"({_DEVICE_NAMES[device[0]]}, {device[1]})"
-
-
-# ------------------------------------------------------------------------------------------------ consumer
-_OUR_VERSION: Final = _native.DLPACK_VERSION
-
-
-def view_of(producer: Any, *, stream: int | None = None) -> View:
-    """View the memory of any producer: an object with ``__dlpack__``, or with the buffer protocol.
-
-    *Aliasing*: always the producer's own bytes, never a copy. *Lifetime*: keeps the producer's memory alive until the
-    view and everything made from it are gone. *Ordering*: on a CUDA device the producer orders its work before what
-    is enqueued on `stream` (the legacy default stream when None).
-
-    Raises
-    ------
-    AliasError
-        The producer gives no such view: it requires a gradient, its strides are negative, its dtype has no DLPack
-        code, or it would have to copy.
-    SpecError
-        The object is no producer at all.
-    """
-    if isinstance(producer, View):
-        return producer
-    if hasattr(producer, "__dlpack__"):
-        try:
-            return _import_capsule(_capsule_of(producer, stream), stream)
-        except (BufferError, ValueError, RuntimeError) as error:
-            if isinstance(error, ClosedError):
-                raise
-            if hasattr(producer, "__array_interface__"):  # NumPy exports no dtype of ml_dtypes, but says where they lie
-                return _view_of_array(producer)
-            raise AliasError(
-                f"a {type(producer).__name__} gives no view of its memory: {error}; "
-                "pass a detached, strided tensor, or copy it first (HostBuffer.copy_of takes NumPy arrays too)"
-            ) from error
-    try:
-        buffer = memoryview(producer)
-    except TypeError:
-        raise SpecError(
-            f"a {type(producer).__name__} has neither __dlpack__ nor the buffer protocol; "
-            "pass a NumPy array, a tensor, a bytearray, an mmap or a View"
-        ) from None
-    return _view_of_buffer(buffer)
-
-
-def _capsule_of(producer: Any, stream: int | None) -> Any:
-    kind = int(producer.__dlpack_device__()[0]) if hasattr(producer, "__dlpack_device__") else CPU
-    # The standard wants stream=None for devices without streams, and some producers check it.
-    arguments: dict[str, Any] = {"stream": stream} if kind == CUDA else {}
-    try:
-        return producer.__dlpack__(**arguments, max_version=_OUR_VERSION, copy=False)
-    except TypeError:
-        # A producer older than DLPack 1.0 takes no max_version and no copy; it exports what it has.
-        return producer.__dlpack__(**arguments)
-
-
-def _import_capsule(capsule: Any, stream: int | None) -> View:
-    imported = _native.consume(capsule)
-    if imported.flags & _native.FLAG_IS_COPIED:
-        raise AliasError("the producer copied although a view was asked for; use HostBuffer.copy_of to copy")
-    kind, number = imported.device
-    if kind not in _DEVICE_NAMES:
-        raise AliasError(f"its memory is on DLPack device ({kind}, {number}), which this library does not reach")
-    try:
-        spec = _imported_spec(imported.shape, dtype(imported.dtype), imported.strides)
-    except SpecError as error:
-        raise AliasError(f"its tensor cannot be described: {error}") from error
-    on_host = kind in (CPU, CUDA_HOST)
-    held = [imported]
-    driver: Driver | None = None
-    ready: int | None = None
-    release: Callable[[], None] = held.clear
-    if kind == CUDA:
-        driver = open_driver(f"cuda:{number}")
-        if stream != _NO_ORDER:
-            # The producer ordered its work before `stream`; whoever gets our view on another stream waits for this.
-            ready = driver.event_create()
-            release = partial(_drop_import, held, driver, ready)
-    owner = own("import", spec.nbytes, release)
-    if driver is not None and ready is not None:
-        driver.event_record(ready, stream or 0)
-    return View(
-        owner,
-        spec,
-        label={CPU: Label.CPU, CUDA: Label.DEVICE, CUDA_HOST: Label.PINNED}[kind],
-        driver=driver,
-        host_pointer=imported.pointer if on_host else None,
-        device_pointer=None if on_host else imported.pointer,
-        read_only=bool(imported.flags & _native.FLAG_READ_ONLY),
-        ready=ready,
-    )
-
-
-def _drop_import(held: list[_native.Import], driver: Driver, ready: int) -> None:
-    held.clear()
-    driver.event_destroy(ready)
-
-
-def _imported_spec(shape: tuple[int, ...], element: DType, strides: tuple[int, ...] | None) -> TensorSpec:
-    compact = TensorSpec(shape, element)
-    if strides is None or compact.numel == 0:
-        return compact
-    # A stride says nothing where the length is one, and NumPy gives negative ones there too.
-    strides = tuple(c if n == 1 else s for n, s, c in zip(shape, strides, compact.strides, strict=True))
-    if any(s < 0 for s in strides):
-        raise SpecError(f"strides {strides} of shape {shape} run backwards; make a contiguous copy first")
-    return TensorSpec(shape, element, strides)
-
-
-def _view_of_array(array: Any) -> View:
-    interface = array.__array_interface__
-    pointer, read_only = interface["data"]
-    itemsize = array.dtype.itemsize
-    try:
-        element = dtype(str(array.dtype))
-        if element.itembits != itemsize * 8:
-            raise SpecError(f"NumPy keeps each in {itemsize} bytes, but DLPack packs them in {element.itembits} bits")
-        if any(s % itemsize for s in array.strides):
-            raise SpecError(f"byte strides {array.strides} are no multiple of the element; make a contiguous copy")
-        spec = _imported_spec(array.shape, element, tuple(s // itemsize for s in array.strides))
-    except SpecError as error:
-        raise AliasError(f"a NumPy array of dtype {array.dtype} cannot be viewed: {error}") from error
-    return _host_view(pointer, spec, array, read_only=read_only)
-
-
-def _view_of_buffer(buffer: memoryview) -> View:
-    if not buffer.c_contiguous:
-        raise AliasError("a buffer with gaps between its bytes cannot be viewed; pass a contiguous one")
-    pointer = _native.buffer_pointer(buffer)
-    return _host_view(pointer, TensorSpec((buffer.nbytes,), "uint8"), buffer, read_only=buffer.readonly)
-
-
-def _host_view(pointer: int, spec: TensorSpec, keepalive: object, *, read_only: bool) -> View:
-    held = [keepalive]
-    owner = own("import", spec.nbytes, held.clear)
-    return View(
-        owner, spec, label=Label.CPU, driver=None, host_pointer=pointer, device_pointer=None, read_only=read_only
-    )
+    return f"({DEVICE_NAMES[device[0]]}, {device[1]})"

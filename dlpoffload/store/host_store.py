@@ -16,9 +16,10 @@ from ..errors import AliasError, ClosedError, SpecError
 from ..lifetime import drain
 from ..limits import check_host_budget
 from ..memory import HostBuffer
+from ..producers import view_of
 from ..slab import Slab
 from ..spec import TensorSpec, format_nbytes
-from ..view import Label, View, view_of
+from ..view import Label, View
 from .layout import Region, Units, checked_units, grouped, near_to
 from .strides import packed_for
 

@@ -60,13 +60,21 @@ class Offloading:
         return entries, decided
 
     def _with_loose(self, tree: UnitTree, slots: int) -> list[Unit]:
-        """The units, and each tensor that is in none as a unit of its own: nothing is left to be mapped."""
+        """The units, and each tensor that is in none as a unit of its own, so that it need not be mapped."""
         if isinstance(self.units, Mapping):
             chosen = [Unit(name, tuple(names)) for name, names in self.units.items()]
         else:
             chosen = choose_units(tree, self.device_budget, slots, units=self.units, cost=self.cost)
         inside = {name for unit in chosen for name in unit.tensors}
-        return [*chosen, *(Unit(name, (name,)) for name in tree.specs() if name not in inside)]
+        # Not those of a module that other units run inside of: its slot would be leased all that time.
+        around = {
+            name
+            for node in tree.walk()
+            if node.tensors and any(inside & child.specs().keys() for child in node.children)
+            for name in node.tensors
+        }
+        loose = (name for name in tree.specs() if name not in inside and name not in around)
+        return [*chosen, *(Unit(name, (name,)) for name in loose)]
 
     def place(self, module: nn.Module, former: Mapping[int, torch.device] | None = None) -> Placed:
         """Plan, and put everything in its place. After an error every tensor is in memory of its former kind."""

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 import dlpoffload as dlpo
-from dlpoffload.view import Label, view_of
+from dlpoffload.producers import view_of
+from dlpoffload.view import Label
 
 np = pytest.importorskip("numpy")
 

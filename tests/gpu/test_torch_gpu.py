@@ -40,7 +40,9 @@ def tower(depth: int = 6, width: int = 512, **options: Any) -> tuple[nn.Module, 
     torch.manual_seed(5)
     module = Tower(depth, width)
     reference = copy.deepcopy(module).to("cuda:0")
-    options = {"device_budget": "1GiB", "units": ["layers.*"], "policy": all_staged, **options}
+    options = {"device_budget": "1GiB", "policy": all_staged, **options}
+    if options["policy"] is not all_mapped:
+        options["units"] = ["layers.*"]
     return module, reference, offload_(module, device="cuda:0", **options)
 
 

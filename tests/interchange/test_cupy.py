@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 import dlpoffload as dlpo
-from dlpoffload.view import Label, view_of
+from dlpoffload.producers import view_of
+from dlpoffload.view import Label
 
 cupy = pytest.importorskip("cupy")
 np = pytest.importorskip("numpy")

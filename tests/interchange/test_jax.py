@@ -12,8 +12,8 @@ import pytest
 import dlpoffload as dlpo
 from dlpoffload import lifetime
 from dlpoffload.errors import AliasError
+from dlpoffload.producers import view_of
 from dlpoffload.spec import dtype
-from dlpoffload.view import view_of
 
 jax = pytest.importorskip("jax")
 jnp = jax.numpy

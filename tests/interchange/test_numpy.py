@@ -10,8 +10,9 @@ import pytest
 import dlpoffload as dlpo
 from dlpoffload import lifetime
 from dlpoffload.errors import AliasError, SpecError
+from dlpoffload.producers import view_of
 from dlpoffload.spec import dtype, dtype_names
-from dlpoffload.view import Label, view_of
+from dlpoffload.view import Label
 
 np = pytest.importorskip("numpy")
 

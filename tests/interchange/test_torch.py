@@ -11,8 +11,9 @@ import pytest
 import dlpoffload as dlpo
 from dlpoffload import lifetime
 from dlpoffload.errors import AliasError
+from dlpoffload.producers import view_of
 from dlpoffload.spec import dtype, dtype_names
-from dlpoffload.view import Label, view_of
+from dlpoffload.view import Label
 
 torch = pytest.importorskip("torch")
 

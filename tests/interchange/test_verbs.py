@@ -16,7 +16,8 @@ import pytest
 
 import dlpoffload as dlpo
 from dlpoffload import TensorSpec
-from dlpoffload.view import Label, View, view_of
+from dlpoffload.producers import view_of
+from dlpoffload.view import Label, View
 
 DESIGN = Path(__file__).parents[2] / "docs" / "design.md"
 NBYTES = 64

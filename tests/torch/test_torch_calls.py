@@ -266,6 +266,9 @@ def test_a_unit_that_calls_itself(device: str) -> None:
     with torch.no_grad():
         assert same(tower(x), reference(x))
         assert same(tower(x), reference(x))
+    report = handle.report(link=False)
+    assert report.adopted == ()  # the slot stays the unit's until its last caller has left
+    assert report.stats.mapped_runs == report.stats.host_waits == 0
     handle.restore_()
 
 
@@ -338,6 +341,7 @@ def test_threads_on_one_model(threads: int, slots: int) -> None:
     for thread in running:
         thread.join()
     assert errors == []
+    assert handle.report(link=False).adopted == ()
     handle.restore_()
 
 

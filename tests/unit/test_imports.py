@@ -18,7 +18,7 @@ PACKAGE = Path(dlpoffload.__file__).parent
 
 VALUES = {"errors", "spec"}
 DRIVERS = VALUES | {"limits", "driver"}
-MEMORY = DRIVERS | {"maps", "lifetime", "blocks", "view", "memory"}
+MEMORY = DRIVERS | {"maps", "lifetime", "blocks", "view", "producers", "memory"}
 ADAPTER = MEMORY | {"slab", "checkpoint", "store", "planning", "transfer"}
 
 ALLOWED: dict[str, set[str]] = {
@@ -30,6 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "lifetime": {"_native", "errors"},
     "blocks": DRIVERS | {"_native", "maps", "lifetime"},
     "view": DRIVERS | {"_native", "lifetime", "blocks"},
+    "producers": DRIVERS | {"_native", "lifetime", "view"},
     "memory": (MEMORY - {"memory"}) | {"_native"},
     "slab": MEMORY,
     "planning": VALUES,
@@ -52,7 +53,7 @@ DOORS: dict[str, set[str]] = {
     "numpy": {"jax"},
     "rich": {"cli", "planning", "torch.report"},
     "safetensors": {"checkpoint"},
-    "_native": {"blocks", "lifetime", "memory", "view"},
+    "_native": {"blocks", "lifetime", "producers", "view"},
 }
 """Foreign package, or the native core -> the modules (with everything below them) that may import it."""
 

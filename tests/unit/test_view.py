@@ -18,7 +18,8 @@ import dlpoffload as dlpo
 from dlpoffload import _native
 from dlpoffload.driver.cpu import CpuDriver
 from dlpoffload.errors import AliasError, ClosedError, DriverNotFoundError, SpecError
-from dlpoffload.view import Label, View, view_of
+from dlpoffload.producers import view_of
+from dlpoffload.view import Label, View
 
 CPU, CUDA, CUDA_HOST, ROCM = 1, 2, 3, 10
 READ_ONLY, IS_COPIED = _native.FLAG_READ_ONLY, _native.FLAG_IS_COPIED
@@ -58,6 +59,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
         raise DriverNotFoundError("cuDeviceGet", 101, "CUDA_ERROR_INVALID_DEVICE", f"no {device}")
 
     monkeypatch.setattr("dlpoffload.view.open_driver", open_driver)
+    monkeypatch.setattr("dlpoffload.producers.open_driver", open_driver)
     monkeypatch.setattr("dlpoffload.memory.open_driver", open_driver)
     return driver
 
@@ -353,6 +355,7 @@ def test_a_device_that_is_not_there_is_a_buffer_error(
         raise DriverNotFoundError("cuInit", 100, "CUDA_ERROR_NO_DEVICE", f"no {device}")
 
     monkeypatch.setattr("dlpoffload.view.open_driver", open_driver)
+    monkeypatch.setattr("dlpoffload.producers.open_driver", open_driver)
     view = buffer.host_view((4,), "int8")
     with pytest.raises(BufferError, match="cannot be copied to"):
         view.__dlpack__(dl_device=device, copy=copy)
