@@ -21,6 +21,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def same_kernels() -> Iterator[None]:
+    """cuDNN without algorithms that differ from run to run: what is compared bitwise must be comparable at all."""
+    torch = pytest.importorskip("torch")
+    before = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    yield
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before
+
+
 @pytest.fixture(autouse=True, scope="module")
 def quick_collections() -> Iterator[None]:
     """Take what is alive already out of the collector's sight: many tests collect, and torch is large."""
