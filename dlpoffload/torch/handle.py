@@ -108,7 +108,7 @@ class OffloadHandle:
             if link and stats.copies:
                 measured = _links.get(self.device)
                 if measured is None:
-                    measured = _links[self.device] = measure_link(placed.driver, nbytes=_LINK_NBYTES, repeat=5)
+                    measured = _links[self.device] = measure_link(placed.driver, nbytes=_LINK_NBYTES)
             return Report(
                 device=self.device,
                 description=placed.driver.description,
