@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from types import TracebackType
-from typing import Any, ClassVar, Self
+from typing import Any
 
 from .blocks import Block, adopt_device, allocate_device, allocate_pageable, allocate_pinned, pinned_nbytes, register
+from .buffer import Buffer
+from .copies import copied_nbytes, copy_elements
 from .driver import Driver, open_driver
-from .errors import AliasError, ClosedError, RegistrationError, SpecError
-from .lifetime import drain, live, release_now
+from .errors import AliasError, RegistrationError, SpecError
+from .lifetime import live
 from .maps import check_registrable
 from .producers import view_of
 from .spec import ALIGNMENT, DType, TensorSpec, format_nbytes, lay_out, parse_nbytes
-from .view import CPU, CUDA, Label, View, checked_range, copied_nbytes, copy_elements
+from .view import CPU, CUDA, Label, View
 
 __all__ = ["DeviceBuffer", "HostBuffer", "live_buffers", "pinned_nbytes"]
 
@@ -24,141 +25,7 @@ def live_buffers() -> list[tuple[str, int]]:
     return [(resource.kind, resource.nbytes) for resource in live() if resource.kind != "import"]
 
 
-class _Buffer:
-    """What both buffers share: a block, an end, and views that know both."""
-
-    _kind: ClassVar[str]
-
-    def __init__(self, block: Block) -> None:
-        self._block: Block | None = block
-        self._nbytes = block.nbytes
-
-    def _open_block(self) -> Block:
-        if self._block is None:
-            raise ClosedError(f"this {self._kind} of {format_nbytes(self._nbytes)} is closed; make a new one")
-        return self._block
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes, exactly as asked for."""
-        return self._nbytes
-
-    @property
-    def closed(self) -> bool:
-        """Whether `close` was called. Views that live on stay valid."""
-        return self._block is None
-
-    @property
-    def device(self) -> str:
-        """The device that this memory is pinned for or lies on, for example ``"cuda:0"``."""
-        return self._driver().device
-
-    @property
-    def device_pointer(self) -> int:
-        """Address of the first byte for the device.
-
-        Raises
-        ------
-        AliasError
-            The device cannot map host memory.
-        """
-        block = self._open_block()
-        if block.device_pointer is None:
-            why = f"{self.device} cannot map host memory" if block.pinned else f"this {self._kind} is not pinned"
-            raise AliasError(f"{why}, so these bytes have no device address; copy them instead")
-        return block.device_pointer
-
-    @property
-    def live_views(self) -> int:
-        """Views, capsules and consumers' tensors that are alive over this buffer."""
-        return self._open_block().owner.users
-
-    def _driver(self) -> Driver:
-        driver = self._open_block().driver
-        assert driver is not None
-        return driver
-
-    def _view(
-        self,
-        shape: Sequence[int],
-        dtype: DType | str,
-        strides: Sequence[int] | None,
-        byte_offset: int,
-        label: Label,
-    ) -> View:
-        block = self._open_block()
-        return self._view_of_spec(block, TensorSpec(shape, dtype, strides), byte_offset, label)
-
-    def _view_of_spec(self, block: Block, spec: TensorSpec, byte_offset: int, label: Label) -> View:
-        base = block.device_pointer if block.host_pointer is None else block.host_pointer
-        assert base is not None
-        offset = checked_range(spec, byte_offset, base, block.nbytes, self._kind)
-        if label is Label.DEVICE:
-            _ = self.device_pointer  # says why when there is none
-        elif label is not Label.CPU and not block.pinned:
-            raise AliasError(f'this {self._kind} is not pinned, so its views cannot be labelled "{label.value}"')
-        try:
-            return View(
-                block.owner,
-                spec,
-                label=label,
-                driver=block.driver,
-                host_pointer=None if block.host_pointer is None else block.host_pointer + offset,
-                device_pointer=None if block.device_pointer is None else block.device_pointer + offset,
-                read_only=block.read_only,
-            )
-        except RuntimeError as error:  # closed by another thread in between
-            raise ClosedError(f"this {self._kind} is closed; make a new one") from error
-
-    def close(self) -> None:
-        """Free the memory now. Idempotent.
-
-        *Ordering*: waits for copies enqueued out of it, then unpins, then unmaps.
-
-        Raises
-        ------
-        ClosedError
-            Views are alive; the message says how many. The buffer stays open.
-        CudaError, RegistrationError
-            The driver would not take the memory back. The buffer is closed, its memory stays allocated.
-        """
-        block = self._block
-        if block is None:
-            return
-        drain()
-        users = block.owner.users
-        if users:
-            raise ClosedError(
-                f"{users} live view{'s' if users > 1 else ''} (or tensors made from views) still use this "
-                f"{self._kind} of {format_nbytes(self._nbytes)}; drop them first, or drop the buffer "
-                "instead of closing it: it is freed when the last view is gone"
-            )
-        self._block = None
-        release_now(block.owner)
-
-    def __enter__(self) -> Self:
-        self._open_block()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        try:
-            self.close()
-        except Exception as refused:
-            if error is None:
-                raise
-            # The exception on its way out matters more; its traceback may well be what holds the views.
-            error.add_note(f"while leaving the buffer: {refused}")
-            self._block = None
-
-    def __repr__(self) -> str:
-        if self._block is None:
-            return f"<closed {self._kind} of {self._nbytes} bytes>"
-        return f"<{self._kind} of {self._nbytes} bytes on {self.device}, {self.live_views} live views>"
-
-
-class HostBuffer(_Buffer):
+class HostBuffer(Buffer):
     """Host memory that the device can read: pinned, mapped, and exactly as large as asked for.
 
     *Lifetime*: the memory lives until the buffer is closed or dropped and every view of it is gone.
@@ -388,7 +255,7 @@ class HostBuffer(_Buffer):
         copy_elements(view, replace(block, host_pointer=target.host_pointer, nbytes=nbytes), view._block_driver)
 
 
-class DeviceBuffer(_Buffer):
+class DeviceBuffer(Buffer):
     """Device memory: what staging slots are made of."""
 
     _kind = "device buffer"

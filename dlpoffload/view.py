@@ -12,6 +12,7 @@ from typing import Any, Final, NoReturn
 
 from . import _native
 from .blocks import Block, allocate_device, allocate_pageable, allocate_pinned
+from .copies import copied_nbytes, copy_elements
 from .driver import Driver, open_driver
 from .errors import AliasError, DriverNotFoundError
 from .spec import DType, TensorSpec, format_nbytes, parse_nbytes
@@ -26,8 +27,6 @@ __all__ = [
     "View",
     "check_stream",
     "checked_range",
-    "copied_nbytes",
-    "copy_elements",
 ]
 
 CPU: Final = 1
@@ -361,12 +360,6 @@ class View:
             raise AliasError(f"{self!r} cannot be copied to {_device_text(device)}: {error}") from error
 
 
-def copied_nbytes(source: View, *, to_host: bool) -> int:
-    """Bytes that `copy_elements` writes: row-major where the host gathers, else the whole span."""
-    spec = source.spec
-    return TensorSpec(spec.shape, spec.dtype).nbytes if to_host and source.host_pointer is not None else spec.nbytes
-
-
 def checked_range(spec: TensorSpec, byte_offset: int, pointer: int, nbytes: int, what: str) -> int:
     """The offset of a tensor in `nbytes` bytes at `pointer`, after checking that it lies inside and is aligned."""
     offset = parse_nbytes(byte_offset, "byte_offset")
@@ -381,35 +374,6 @@ def checked_range(spec: TensorSpec, byte_offset: int, pointer: int, nbytes: int,
             f"of a {spec.dtype}; carve() lays tensors out aligned"
         )
     return offset
-
-
-def copy_elements(source: View, block: Block, driver: Driver | None) -> TensorSpec:
-    """Copy a view's elements into a block of `copied_nbytes`; row-major where the host can gather, else strided alike.
-
-    The bytes must have settled.
-    """
-    spec = source.spec
-    if spec.numel == 0:
-        return TensorSpec(spec.shape, spec.dtype)
-    if source.host_pointer is not None and block.host_pointer is not None:
-        if spec.is_row_major:
-            _native.copy(block.host_pointer, source.host_pointer, spec.nbytes)
-            return spec
-        packed = TensorSpec(spec.shape, spec.dtype)
-        if _overlap(source.host_pointer, spec.nbytes, block.host_pointer, packed.nbytes):
-            raise AliasError(f"{source!r} overlaps the bytes that it is to be gathered into; copy it elsewhere first")
-        _native.copy_strided(block.host_pointer, source.host_pointer, spec.dtype.itemsize, spec.shape, spec.strides)
-        return packed
-    pointer = source.pointer if source.host_pointer is None else source.host_pointer
-    target = block.device_pointer if block.host_pointer is None else block.host_pointer
-    assert driver is not None
-    assert target is not None
-    driver.copy(target, pointer, spec.nbytes)
-    return spec
-
-
-def _overlap(start: int, nbytes: int, other: int, other_nbytes: int) -> bool:
-    return start < other + other_nbytes and other < start + nbytes
 
 
 def check_stream(stream: int | None, device: tuple[int, int]) -> None:

@@ -18,7 +18,7 @@ PACKAGE = Path(dlpoffload.__file__).parent
 
 VALUES = {"errors", "spec"}
 DRIVERS = VALUES | {"limits", "driver"}
-MEMORY = DRIVERS | {"maps", "lifetime", "blocks", "view", "producers", "memory"}
+MEMORY = DRIVERS | {"maps", "lifetime", "blocks", "copies", "view", "producers", "buffer", "memory"}
 ADAPTER = MEMORY | {"slab", "checkpoint", "store", "planning", "transfer"}
 
 ALLOWED: dict[str, set[str]] = {
@@ -29,8 +29,10 @@ ALLOWED: dict[str, set[str]] = {
     "driver": VALUES | {"limits"},
     "lifetime": {"_native", "errors"},
     "blocks": DRIVERS | {"_native", "maps", "lifetime"},
-    "view": DRIVERS | {"_native", "lifetime", "blocks"},
+    "view": DRIVERS | {"_native", "lifetime", "blocks", "copies"},
+    "copies": DRIVERS | {"_native", "blocks"},
     "producers": DRIVERS | {"_native", "lifetime", "view"},
+    "buffer": DRIVERS | {"lifetime", "blocks", "view"},
     "memory": (MEMORY - {"memory"}) | {"_native"},
     "slab": MEMORY,
     "planning": VALUES,
@@ -53,7 +55,7 @@ DOORS: dict[str, set[str]] = {
     "numpy": {"jax"},
     "rich": {"cli", "planning", "torch.report"},
     "safetensors": {"checkpoint"},
-    "_native": {"blocks", "lifetime", "producers", "view"},
+    "_native": {"blocks", "copies", "lifetime", "producers", "view"},
 }
 """Foreign package, or the native core -> the modules (with everything below them) that may import it."""
 
