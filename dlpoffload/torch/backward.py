@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -30,12 +30,41 @@ class _Held:
     node: Any
 
 
+class _Pass:
+    """The units that one backward holds on one thread.
+
+    Autograd owns it, by the callback for the end of the pass: after a backward that raised, it goes with the graph task.
+    """
+
+    def __init__(self, prefetcher: Prefetcher) -> None:
+        self._prefetcher = prefetcher
+        self.held: dict[StagedUnit, _Held] = {}
+
+    def leave(self, unit: StagedUnit) -> None:
+        """End a unit's lease."""
+        self._prefetcher.leave(self.held.pop(unit).lease)
+
+    def leave_others(self, node: Any) -> None:
+        """End the leases that `node` did not ask for: the kernels of the nodes that did are enqueued by now."""
+        for unit in [unit for unit, held in self.held.items() if held.node is not node]:
+            self.leave(unit)
+
+    def end(self) -> None:
+        """End every lease."""
+        while self.held:
+            self.leave(next(iter(self.held)))
+
+    def __del__(self) -> None:
+        for held in self.held.values():
+            held.lease.release()
+
+
 class BackwardStager:
     """Leases slots for saved tensors, from the first that is unpacked of a unit until another node runs.
 
-    A node unpacks all that it saved before it enqueues its kernels. So a lease ends when a node that did not use it
-    unpacks something on the same thread, or with the pass: by then the kernels of the nodes that used it are enqueued.
-    After a backward that raised, its leases end with the next one, or when the ring is closed.
+    A node unpacks all that it saved before it enqueues its kernels. So a lease ends when another node of the same pass
+    unpacks something, or recomputes a unit, or with the pass. A pass inside of a pass (a reentrant checkpoint) leaves
+    the outer one's leases alone: the node that runs it may go on to read what it has unpacked.
     """
 
     def __init__(
@@ -51,50 +80,53 @@ class BackwardStager:
         self._slots = slots
         self._device = device
         self._lock = threading.Lock()
-        self._held: dict[int, dict[StagedUnit, _Held]] = {}  # by thread: autograd runs one node at a time on each
+        # By thread, on which autograd runs one node at a time, and graph task.
+        self._passes: WeakValueDictionary[tuple[int, int], _Pass] = WeakValueDictionary()
 
     def staged_again(self, saved: Staged) -> torch.Tensor:
         """The saved tensor, on the device."""
         self._look_over(saved.unit)
         saved.check()
-        if torch.is_grad_enabled() or self._ring.closed:
-            # create_graph: what this backward saves in turn outlives any lease. Or the module was restored since.
+        if torch.is_grad_enabled() or self._ring.closed or torch._C._current_graph_task_id() == -1:
+            # create_graph: what this backward saves in turn outlives any lease. Or the module was restored since. Or
+            # somebody looks at `grad_fn._saved_weight` outside of any backward.
             return self._copied(saved)
         slot = self._hold(saved.unit).lease.slot
         return self._copied(saved) if slot is None else saved.inside(self._slots[slot.index], saved.byte_offset)
 
+    def recomputing(self) -> None:
+        """Make room for a unit whose forward runs inside of a backward, that of a checkpoint."""
+        task = torch._C._current_graph_task_id()
+        if task != -1 and (mine := self._passes.get((threading.get_ident(), task))) is not None:
+            mine.leave_others(torch._C._current_autograd_node())
+
     def _hold(self, unit: StagedUnit) -> _Held:
-        node = torch._C._current_autograd_node()
-        with self._lock:
-            mine = self._held.setdefault(threading.get_ident(), {})
+        node, stream = torch._C._current_autograd_node(), current_stream(self._device)
+        mine = self._pass()
         now = unit.generations(0, unit.slab.nbytes)
-        for other, held in list(mine.items()):
-            if held.node is not node and (other is not unit or held.generations != now):
-                self._leave(mine, other)
-        if unit not in mine:
-            if not mine:
-                torch.autograd.Variable._execution_engine.queue_callback(partial(self._end, mine))
-            lease = self._prefetcher.enter(unit.name, stream=current_stream(self._device))
-            mine[unit] = _Held(lease, now, node)
-        mine[unit].node = node
-        return mine[unit]
+        held = mine.held.get(unit)
+        if held is not None and held.generations == now and held.lease.stream == stream:
+            held.node = node
+        mine.leave_others(node)
+        if unit not in mine.held:
+            mine.held[unit] = _Held(self._prefetcher.enter(unit.name, stream=stream), now, node)
+        return mine.held[unit]
 
-    def _leave(self, mine: dict[StagedUnit, _Held], unit: StagedUnit) -> None:
-        held = mine.pop(unit, None)
-        if held is not None:
-            self._prefetcher.leave(held.lease)
-
-    def _end(self, mine: dict[StagedUnit, _Held]) -> None:
-        for unit in list(mine):
-            self._leave(mine, unit)
+    def _pass(self) -> _Pass:
+        key = threading.get_ident(), torch._C._current_graph_task_id()
+        with self._lock:
+            mine = self._passes.get(key)
+            if mine is None:
+                mine = self._passes[key] = _Pass(self._prefetcher)
+                torch.autograd.Variable._execution_engine.queue_callback(mine.end)
+            return mine
 
     def abandon(self) -> None:
-        """End every lease, also those of a backward that raised. Only while no backward runs."""
+        """End every lease. Only while no backward runs."""
         with self._lock:
-            passes = list(self._held.values())
-            self._held.clear()
+            passes = list(self._passes.values())
         for mine in passes:
-            self._end(mine)
+            mine.end()
 
     def _copied(self, saved: Staged) -> torch.Tensor:
         """A copy of its own, on the current stream."""

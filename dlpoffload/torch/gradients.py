@@ -19,12 +19,17 @@ __all__ = ["guard_outputs", "refuse_gradients"]
 
 
 def refuse_gradients(named: Iterable[tuple[str, torch.Tensor]]) -> list[torch.utils.hooks.RemovableHandle]:
-    """The last line: a hook on each offloaded parameter that requires a gradient now."""
-    return [
-        tensor.register_hook(_Refusal(name))  # type: ignore[no-untyped-call]
-        for name, tensor in named
-        if tensor.requires_grad
-    ]
+    """The last line: a hook on each offloaded tensor that requires a gradient, now or later."""
+    hooks = []
+    for name, tensor in named:
+        if tensor.is_leaf and (tensor.is_floating_point() or tensor.is_complex()):
+            required = tensor.requires_grad
+            tensor.requires_grad_(True)  # torch takes no hook otherwise
+            try:
+                hooks.append(tensor.register_hook(_Refusal(name)))  # type: ignore[no-untyped-call]
+            finally:
+                tensor.requires_grad_(required)
+    return hooks
 
 
 def guard_outputs(output: Any, named: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -32,7 +37,7 @@ def guard_outputs(output: Any, named: Iterable[tuple[str, torch.Tensor]]) -> Non
     trainable = [(name, get_gradient_edge(tensor).node) for name, tensor in named if tensor.requires_grad]
     if trainable:
         for tensor in _tensors(output):
-            if tensor.requires_grad:
+            if tensor.grad_fn is not None:  # a leaf that passed through would keep its hook for ever
                 tensor.register_hook(_Check(trainable))  # type: ignore[no-untyped-call]
 
 

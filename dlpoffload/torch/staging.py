@@ -180,6 +180,7 @@ class Stager:
     def enter(self, unit: StagedUnit) -> Lease:
         """Stage a unit and point its tensors into the slot."""
         stream = current_stream(self.device)
+        self.backward.recomputing()
         with self.lock:
             if unit.active:
                 lease = unit.active[0].share(stream)
