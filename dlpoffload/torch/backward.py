@@ -33,7 +33,7 @@ class _Held:
 class _Pass:
     """The units that one backward holds on one thread.
 
-    Autograd owns it, by the callback for the end of the pass: after a backward that raised, it goes with the graph task.
+    Autograd owns it, by the callback for the end of the pass: after one that raised, it goes with the graph task.
     """
 
     def __init__(self, prefetcher: Prefetcher) -> None:

@@ -70,6 +70,9 @@ class Installed:
         """Take everything off."""
         self._take_off()
         self._overrides.take()
+        # The handle may outlive this, and the ring's slots must not.
+        self.forwards.clear()
+        self._units.clear()
 
     @contextmanager
     def suspended(self) -> Iterator[None]:

@@ -38,6 +38,7 @@ def main() -> int:
     environment = os.environ | {"DLPOFFLOAD_REQUIRE": "gpu,torch,jax", "PYTHONUNBUFFERED": "1", "COLUMNS": "110"}
     # JAX would otherwise take three quarters of the device before torch's tests begin.
     environment |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    environment |= {"PYTHONSAFEPATH": "1"}  # for the tests' own subprocesses too: what is installed is what is run
     rows = []
     for name in args.only.split(","):
         command, limit = PARTS[name]

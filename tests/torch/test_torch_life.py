@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from models import Tower, assert_same, case_of, distinct_nbytes, run, same, tens
 from torch import Tensor, nn  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
-from dlpoffload import errors, memory  # noqa: E402
+from dlpoffload import errors, lifetime, memory  # noqa: E402
 from dlpoffload.errors import GradientError, HostMemoryError, OffloadError, PlanError  # noqa: E402
 from dlpoffload.planning import all_staged  # noqa: E402
 from dlpoffload.torch import OffloadHandle, offload_  # noqa: E402
@@ -66,6 +67,17 @@ def test_values_changed_by_apply_reach_the_host_bytes(device: str) -> None:
         module.layers[3]._apply(lambda tensor: tensor.neg())
     check(tower, reference, device)
     assert same(tower.layers[3].extra, reference.layers[3].extra)
+
+
+def test_a_restored_module_holds_no_slot_and_no_slab(device: str) -> None:
+    before = memory.live_buffers()
+    tower, reference, handle = pair(device)
+    check(tower, reference, device)
+    handle.restore_()
+    gc.collect()
+    lifetime.drain()
+    assert memory.live_buffers() == before, "though the handle is alive"
+    assert handle.restored
 
 
 # ----------------------------------------------------------------------------------------------- copying
@@ -262,7 +274,7 @@ def _adapted(module: nn.Module, seed: int, name: str = "default") -> Any:
 
 
 def test_lora_attach_merge_swap(device: str) -> None:
-    """Attached, merged, unmerged and swapped, an adapter on offloaded weights computes what it does on resident ones."""
+    """Attached, merged, unmerged and swapped, an adapter computes what it does on resident weights."""
     tower, reference, handle = pair(device)
     tower.config, reference.config = {}, {}
     both = [_adapted(module, 3).to(device) for module in (tower, reference)]
