@@ -42,6 +42,7 @@ either, on the thread that holds it.
 # Single operations on these are atomic, so that an import need not wait for a release that waits for the device.
 _resources: dict[int, Resource] = {}
 _kept: list[Resource] = []
+_inherited: list[Resource] = []
 _tokens = itertools.count(1)
 _pending: deque[int] = deque()
 _pauses = 0
@@ -191,11 +192,13 @@ def _stop() -> None:
 
 
 def _after_fork_in_child() -> None:
-    # Another thread may have held the locks at the fork. What the parent owned is the parent's to free.
+    # Another thread may have held the locks at the fork. What the parent owned is the parent's to free: the child never
+    # releases it, and keeps what it refers to, since views of a producer's memory are good in the child, too.
     global lock, _thread_lock, _pauses
     lock = threading.RLock()
     _thread_lock = threading.RLock()
     _pauses = 0
+    _inherited.extend([*_kept, *_resources.values()])
     _pending.clear()
     _kept.clear()
     _resources.clear()

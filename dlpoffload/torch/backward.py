@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
@@ -67,14 +66,7 @@ class BackwardStager:
     the outer one's leases alone: the node that runs it may go on to read what it has unpacked.
     """
 
-    def __init__(
-        self,
-        ring: SlotRing,
-        slots: list[torch.Tensor],
-        device: torch.device,
-        look_over: Callable[[StagedUnit], None],
-    ) -> None:
-        self._look_over = look_over
+    def __init__(self, ring: SlotRing, slots: list[torch.Tensor], device: torch.device) -> None:
         self._prefetcher = Prefetcher(ring, list(ring.slabs)[::-1])
         self._ring = ring
         self._slots = slots
@@ -85,7 +77,6 @@ class BackwardStager:
 
     def staged_again(self, saved: Staged) -> torch.Tensor:
         """The saved tensor, on the device."""
-        self._look_over(saved.unit)
         saved.check()
         if torch.is_grad_enabled() or self._ring.closed or torch._C._current_graph_task_id() == -1:
             # create_graph: what this backward saves in turn outlives any lease. Or the module was restored since. Or

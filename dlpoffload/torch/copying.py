@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 from ..errors import OffloadError
+from .subclasses import rebuilt
 from .tensors import tensor_in
 from .tree import Member
+from .watched import attributes_of, former_class
 
 if TYPE_CHECKING:
     from .handle import OffloadHandle
@@ -34,8 +36,13 @@ class DeepCopy:
             for entry in placed.entries.values():
                 flat = torch.empty(entry.spec.nbytes, dtype=torch.uint8)
                 for member in entry.members:
-                    memo[id(member.tensor)] = _host_copy(member, flat)
+                    memo[id(member.tensor)] = _host_copy(member, *placed.data_of(entry, member), flat)
+            for outer in placed.outers():
+                memo[id(outer.tensor)] = rebuilt(outer.tensor, memo)
             result = copy.deepcopy(handle.module, memo)
+            for entry in placed.entries.values():
+                for member in entry.members:
+                    memo[id(member.tensor)].__dict__.update(copy.deepcopy(attributes_of(member.tensor), memo))
         handle.offload_like(result)
         return result
 
@@ -56,9 +63,12 @@ def refuse_pickle(protocol: object) -> NoReturn:
     )
 
 
-def _host_copy(member: Member, flat: torch.Tensor) -> torch.Tensor:
+def _host_copy(member: Member, data: torch.Tensor, ours: bool, flat: torch.Tensor) -> torch.Tensor:
     """A member's elements in ordinary memory; tied ones overlap there as they did."""
-    tensor = member.tensor
-    plain = tensor_in(flat, member.byte_offset, member.spec)
-    plain.copy_(tensor.detach())
-    return nn.Parameter(plain, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else plain
+    tensor, kind = member.tensor, former_class(member.tensor)
+    plain = tensor_in(flat, member.byte_offset, member.spec) if ours else torch.empty_like(data, device="cpu")
+    plain.copy_(data)
+    if kind is torch.Tensor:
+        return plain
+    made: torch.Tensor = torch.Tensor._make_subclass(kind, plain, tensor.requires_grad)
+    return made

@@ -14,6 +14,7 @@ import torch
 from torch.autograd.graph import get_gradient_edge
 
 from ..errors import GradientError
+from .subclasses import wraps_others
 
 __all__ = ["guard_outputs", "refuse_gradients"]
 
@@ -21,7 +22,7 @@ __all__ = ["guard_outputs", "refuse_gradients"]
 def refuse_gradients(named: Iterable[tuple[str, torch.Tensor]]) -> list[torch.utils.hooks.RemovableHandle]:
     """The last line: a hook on each offloaded tensor that requires a gradient, now or later."""
     hooks = []
-    for name, tensor in named:
+    for name, tensor in _once(named):
         if tensor.is_leaf and (tensor.is_floating_point() or tensor.is_complex()):
             required = tensor.requires_grad
             tensor.requires_grad_(True)  # torch takes no hook otherwise
@@ -34,11 +35,30 @@ def refuse_gradients(named: Iterable[tuple[str, torch.Tensor]]) -> list[torch.ut
 
 def guard_outputs(output: Any, named: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Let a backward through `output` look first whether it will reach one of these parameters."""
-    trainable = [(name, get_gradient_edge(tensor).node) for name, tensor in named if tensor.requires_grad]
+    trainable = [(name, _node_of(tensor)) for name, tensor in _once(named) if tensor.requires_grad]
+    trainable = [(name, node) for name, node in trainable if node is not None]
     if trainable:
         for tensor in _tensors(output):
             if tensor.grad_fn is not None:  # a leaf that passed through would keep its hook for ever
                 tensor.register_hook(_Check(trainable))  # type: ignore[no-untyped-call]
+
+
+def _once(named: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    seen: set[int] = set()
+    for name, tensor in named:
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            yield name, tensor
+
+
+def _node_of(tensor: torch.Tensor) -> Any:
+    """The node that accumulates a leaf's gradient; None of a subclass that has no view, by which torch finds it."""
+    try:
+        return get_gradient_edge(tensor).node
+    except (NotImplementedError, RuntimeError, TypeError):
+        if not wraps_others(tensor):
+            raise
+        return None
 
 
 class _Check:

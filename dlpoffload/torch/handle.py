@@ -18,6 +18,7 @@ from .installed import MARK, Installed
 from .offloading import Offloading
 from .placed import Placed
 from .report import Report, snapshot
+from .subclasses import find, inner_tensors, wraps_others
 from .tensors import current_stream, overwrite
 from .tree import Entry, Member
 
@@ -25,10 +26,6 @@ __all__ = ["OffloadHandle"]
 
 _LINK_NBYTES: Final = 256 << 20
 _links: dict[str, Link] = {}
-
-
-def _at(module: nn.Module, attribute: str) -> torch.Tensor | None:
-    return module._parameters.get(attribute, module._buffers.get(attribute))
 
 
 class OffloadHandle:
@@ -124,7 +121,7 @@ class OffloadHandle:
                 replaced=tuple(
                     name
                     for name, (_, member, holder, attribute) in self._names.items()
-                    if _at(holder, attribute) is not member.tensor
+                    if find(holder, attribute) is not member.tensor
                 ),
                 aliased_outputs=0 if stager is None else stager.aliased_outputs,
             )
@@ -142,6 +139,26 @@ class OffloadHandle:
             No such name, or shape or dtype differ.
         """
         placed = self._open()
+        if parts := self._parts(name):
+            values = dict(inner_tensors(tensor)) if wraps_others(tensor) else {}
+            if values.keys() != parts.keys():
+                raise SpecError(
+                    f'"{name}" wraps the tensors {", ".join(parts)}, but the update is a {type(tensor).__name__} of '
+                    f"{', '.join(values) or 'none'}; give one of the same make, or update them one by one"
+                )
+            for path, part in parts.items():
+                self._check(part, values[path])
+            for path, part in parts.items():
+                self.update(part, values[path])
+            return
+        entry, member, current = self._check(name, tensor)
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            if current is member.tensor:
+                placed.write(entry, member, tensor)
+            else:
+                overwrite(current, tensor)
+
+    def _check(self, name: str, tensor: torch.Tensor) -> tuple[Entry, Member, torch.Tensor]:
         entry, member, current = self._tensor(name)
         if tensor.shape != current.shape or tensor.dtype != current.dtype:
             raise SpecError(
@@ -152,11 +169,16 @@ class OffloadHandle:
             raise SpecError(
                 f'"{name}" has strides {current.stride()}, so that elements share bytes; replace it instead'
             )
-        with self._lock, torch.inference_mode(False), torch.no_grad():
-            if current is member.tensor:
-                placed.write(entry, member, tensor)
-            else:
-                overwrite(current, tensor)
+        return entry, member, current
+
+    def _parts(self, name: str) -> dict[str, str]:
+        """Names of the tensors inside of one that wraps others, by their paths in it."""
+        start = name + "."
+        return {
+            known.removeprefix(start): known
+            for known, (_, member, _, attribute) in self._names.items()
+            if known.startswith(start) and member.outer is not None and name.endswith(attribute.split(".")[0])
+        }
 
     def changed(self, name: str) -> None:
         """Say that a tensor's bytes were written in a way that torch does not see: through ``.data``, by a kernel.
@@ -164,6 +186,10 @@ class OffloadHandle:
         *Ordering*: copies enqueued from now on wait for what is enqueued on the current stream.
         """
         placed = self._open()
+        if parts := self._parts(name):
+            for part in parts.values():
+                self.changed(part)
+            return
         entry, member, _ = self._tensor(name)
         if placed.stager is not None:
             placed.stager.changed(entry.name, member, current_stream(placed.device))
@@ -177,7 +203,7 @@ class OffloadHandle:
                 f'no parameter or buffer "{name}" among the {len(self._names)} of this module, such as {near}'
             )
         entry, member, holder, attribute = found
-        current = _at(holder, attribute)
+        current = find(holder, attribute)
         if current is None:
             raise SpecError(f'"{name}" was taken out of the module since it was offloaded')
         return entry, member, current
@@ -206,9 +232,13 @@ class OffloadHandle:
             former.store = None  # its slabs live on as long as tensors are at home in them
             self._installed.remove()
             self._restored = True  # should memory be refused, that is the state that is left
-            placed = self._offloading.place(self.module, former.former())
-            self._restored = False
+            try:
+                placed = self._offloading.place(self.module, former.former())
+            except BaseException:
+                former.undo()  # what had not been placed anew yet
+                raise
             self._install(placed)
+            self._restored = False
 
     @contextmanager
     def uninstalled(self) -> Iterator[Placed]:

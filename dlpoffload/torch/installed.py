@@ -58,7 +58,7 @@ class Installed:
             forward.install()
         if self._placed.stager is not None:
             self._hooks += guard_state_dicts(self._placed.stager, self._units)
-        self._hooks += refuse_gradients(self._placed.offloaded())
+        self._hooks += refuse_gradients(member.of_module for member in self._placed.offloaded())
 
     def _take_off(self) -> None:
         while self._hooks:

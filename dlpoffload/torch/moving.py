@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from ..errors import OffloadError
-from .tree import Entry, Member
+from .subclasses import inner_tensors, wraps_others
+from .tree import Entry, Member, Outer
 
 if TYPE_CHECKING:
     from .placed import Placed
@@ -32,22 +33,26 @@ class GuardedApply:
         modules = list(self.module.modules()) if recurse else [self.module]
         offloaded = self.placed.tensors()
         held = _held(modules, offloaded)
-        for _, member in held:
-            self._check(function, member)
+        for tensor, name in {id(m.of_module[1]): m.of_module[::-1] for _, m in held}.values():
+            self._check(function, tensor, name)
         for module in modules:
             _apply_to_others(module, function, offloaded)
         with torch.no_grad():
+            for outer in {id(member.outer): member.outer for _, member in held if member.outer is not None}.values():
+                self._apply_to_outer(function, outer, offloaded)
             for entry, member in held:
-                self._apply_to(function, entry, member)
+                if member.outer is None:
+                    self._apply_to(function, entry, member)
         return self.module
 
-    def _check(self, function: Callable[[torch.Tensor], torch.Tensor], member: Member) -> None:
-        tensor = member.tensor
+    def _check(self, function: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor, name: str) -> None:
         probe = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
         result = function(probe)
+        if probe.device.type == "cpu" and probe.is_shared():  # type: ignore[no-untyped-call]
+            raise OffloadError(f'"{name}" is offloaded, and this call would move it to shared memory; restore_() first')
         if result.dtype != probe.dtype or result.device != probe.device:
             raise OffloadError(
-                f'"{member.name}" is offloaded as {probe.dtype} for {self.placed.driver.device}, and this call would '
+                f'"{name}" is offloaded as {probe.dtype} for {self.placed.driver.device}, and this call would '
                 f"make it {result.dtype} on {result.device}; restore_() first, then change it and offload again"
             )
 
@@ -56,6 +61,29 @@ class GuardedApply:
         after = function(before)
         if after.numel() and after.data_ptr() != before.data_ptr():
             self.placed.write(entry, member, after)
+
+    def _apply_to_outer(
+        self,
+        function: Callable[[torch.Tensor], torch.Tensor],
+        outer: Outer,
+        offloaded: dict[int, tuple[Entry, Member]],
+    ) -> None:
+        """As `_apply_to`; what the function makes of a tensor that wraps others is written part by part."""
+        after = function(outer.tensor.detach())
+        made = dict(inner_tensors(after)) if wraps_others(after) else {}
+        parts = {path: offloaded[id(inner)] for path, inner in inner_tensors(outer.tensor)}
+        same = made.keys() == parts.keys() and all(
+            made[path].shape == member.tensor.shape and made[path].dtype == member.tensor.dtype
+            for path, (_, member) in parts.items()
+        )
+        if not same:
+            raise OffloadError(
+                f'"{outer.name}" is offloaded as a {type(outer.tensor).__name__} of {", ".join(parts)}, and this call '
+                f"makes other parts of it; restore_() first, then change it and offload again"
+            )
+        for path, (entry, member) in parts.items():
+            if made[path].numel() and made[path].data_ptr() != member.tensor.data_ptr():
+                self.placed.write(entry, member, made[path])
 
 
 def _apply_to_others(
@@ -66,7 +94,7 @@ def _apply_to_others(
     with torch.no_grad():
         for table in tables:
             for name, tensor in table.items():
-                if tensor is None or id(tensor) in offloaded:
+                if tensor is None or _offloaded_in(tensor, offloaded):
                     continue
                 result = function(tensor)
                 if isinstance(tensor, nn.Parameter):
@@ -82,6 +110,12 @@ def _held(modules: list[nn.Module], offloaded: dict[int, tuple[Entry, Member]]) 
     for module in modules:
         for table in (module._parameters, module._buffers):
             for tensor in table.values():
-                if tensor is not None and id(tensor) in offloaded:
-                    found[id(tensor)] = offloaded[id(tensor)]
+                if tensor is not None:
+                    found.update(_offloaded_in(tensor, offloaded))
     return list(found.values())
+
+
+def _offloaded_in(tensor: torch.Tensor, offloaded: dict[int, Any]) -> dict[int, Any]:
+    """What was offloaded of a module's tensor: itself, or the tensors inside of it."""
+    inside = [inner for _, inner in inner_tensors(tensor)] if wraps_others(tensor) else [tensor]
+    return {id(inner): offloaded[id(inner)] for inner in inside if id(inner) in offloaded}

@@ -86,7 +86,7 @@ class Offloading:
             except (HostMemoryError, RegistrationError) as refused:
                 if self.pageable == "never":
                     raise
-                placed = self._place(module, None, pinned=False)
+                placed = self._place(module, former, pinned=False)
                 placed.pageable_because = str(refused)
                 return placed
 

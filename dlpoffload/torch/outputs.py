@@ -8,11 +8,15 @@ from typing import Any
 
 import torch
 
+from .subclasses import inner_tensors, rebuilt, wraps_others
+
 __all__ = ["detached_from", "lies_in"]
 
 
 def lies_in(tensor: torch.Tensor, storage: int) -> bool:
     """Whether a tensor has elements in the storage at an address."""
+    if wraps_others(tensor):
+        return any(lies_in(inner, storage) for _, inner in inner_tensors(tensor))
     if tensor.layout is not torch.strided or tensor.is_meta or not tensor.numel():
         return False
     return bool(tensor.untyped_storage().data_ptr() == storage)
@@ -33,6 +37,9 @@ def detached_from(output: Any, slot: torch.Tensor, own: Collection[int]) -> tupl
             if id(value) in own or not lies_in(value, storage):
                 return value
             found += 1
+            if wraps_others(value):
+                inside = [inner for _, inner in inner_tensors(value) if lies_in(inner, storage)]
+                return rebuilt(value, {id(inner): _copy_of(inner) for inner in inside})
             return _copy_of(value)
         if isinstance(value, dict):
             for key, item in list(value.items()):

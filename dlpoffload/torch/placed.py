@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.utils.dlpack import from_dlpack
 
 from ..driver import Driver
-from ..errors import PlanError
+from ..errors import PlanError, SpecError
 from ..memory import DeviceBuffer
 from ..planning import Placement, Plan
 from ..store import HostStore
 from ..transfer import Prefetcher, SlotRing
 from ..view import View
 from .staging import StagedMember, StagedUnit, Stager, home_tensor
-from .tensors import bytes_of, empty_bytes, overwrite, tensor_in, torch_device, version_of
-from .tree import Entry, Member
+from .subclasses import inner_tensors, rebuilt
+from .tensors import bytes_of, empty_bytes, overwrite, tensor_in, torch_device
+from .tree import Entry, Member, Outer
 from .watched import exchange_data, plain_data, unwatch, watch
 
 __all__ = ["Placed"]
@@ -62,6 +64,7 @@ class Placed:
         self.store = self._allocate_store()
         self._before = dict(former or {})
         self._former: dict[int, tuple[Entry, torch.device]] = {}
+        self._relabelled: list[tuple[Outer, torch.Tensor]] = []
         self._homes: dict[int, int] = {}  # where the data of each member that we moved is
         try:
             # The ring first: what cannot run must fail before a weight has moved.
@@ -70,8 +73,9 @@ class Placed:
                 self._place(entry)
             if decided.streamed_units:
                 self._stage(slots)
-            for _, tensor in self.offloaded():
-                watch(tensor)
+            for member in self.offloaded():
+                watch(member.tensor)
+            self._relabel()
         except BaseException:
             self.undo()
             raise
@@ -101,12 +105,16 @@ class Placed:
         """Bytes of the host memory that the tensors are at home in."""
         return 0 if self.store is None else self.store.host_nbytes
 
-    def offloaded(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Name and tensor of everything whose bytes are at home on the host."""
+    def offloaded(self) -> Iterator[Member]:
+        """Everything whose bytes are at home on the host."""
         for entry in self.entries.values():
             if self.plan.placements[entry.name] is not Placement.DEVICE and entry.spec.nbytes:
-                for member in entry.members:
-                    yield member.name, member.tensor
+                yield from entry.members
+
+    def outers(self) -> list[Outer]:
+        """What wraps the tensors that were placed."""
+        members = (member for entry in self.entries.values() for member in entry.members)
+        return list({id(member.outer): member.outer for member in members if member.outer is not None}.values())
 
     def tensors(self) -> dict[int, tuple[Entry, Member]]:
         """Entry and member by the id of the tensor object, of everything that was placed."""
@@ -161,6 +169,31 @@ class Placed:
         """Whether a member has the bytes that we gave it, and not others that somebody put there (``.data =``)."""
         return member.tensor.data_ptr() == self._homes.get(id(member))
 
+    def _relabel(self) -> None:
+        """Make tensors that wrap others anew where they name another device than what is inside is on now."""
+        inside = self.tensors()
+        for outer in self.outers():
+            if outer.tensor.device == self.device:
+                continue
+            made = rebuilt(outer.tensor)
+            if made.device != self.device or not all(id(inner) in inside for _, inner in inner_tensors(made)):
+                raise SpecError(
+                    f'"{outer.name}" is a {type(made).__name__}, which cannot be made anew on {self.device} around its '
+                    f"tensors; move the module there before offloading it"
+                )
+            self._relabelled.append((outer, outer.tensor))
+            outer.tensor = _put(outer, made)
+
+    def data_of(self, entry: Entry, member: Member) -> tuple[torch.Tensor, bool]:
+        """A member's data, its home where its unit runs now; and whether it is in the bytes that we gave it."""
+        unit = None if self.stager is None else self.stager.unit_of(entry.name)
+        if unit is not None and self.stager is not None:
+            with self.stager.lock:
+                if unit.active:
+                    return next(staged.home for staged in unit.members if staged.member is member), True
+                return plain_data(member.tensor), self._is_ours(member)
+        return plain_data(member.tensor), id(member) not in self._homes or self._is_ours(member)
+
     def _stage(self, slots: list[torch.Tensor]) -> None:
         assert self.store is not None
         units = self.plan.streamed_units
@@ -190,7 +223,7 @@ class Placed:
                 entry.name,
                 slab.byte_offsets[entry.name] + member.byte_offset,
                 home=plain_data(member.tensor),
-                version=version_of(member.tensor),
+                version=member.version,
             )
             for entry in entries
             for member in entry.members
@@ -221,7 +254,7 @@ class Placed:
         # Kernels enqueued before may still read the mapped bytes, on whatever stream the module was called.
         self.driver.synchronize()
         home_tensor(self.store.host_view(entry.name), member).copy_(source)
-        torch.autograd.graph.increment_version(member.tensor)
+        torch.autograd.graph.increment_version(member.of_module[1])
 
     # ---------------------------------------------------------------------------------------- back
     def retire(self) -> None:
@@ -233,12 +266,13 @@ class Placed:
             A unit is running. Nothing has changed then.
         """
         if self.stager is not None:
-            self.stager.check_idle()
-            self.stager.backward.abandon()
-            self.stager.ring.close()
+            self.stager.close()
             self.stager = None
         if self._former:
             self.driver.synchronize()  # kernels that write mapped bytes, on whatever stream
+        while self._relabelled:
+            outer, before = self._relabelled.pop()
+            outer.tensor = _put(outer, before)
         for entry in self.entries.values():
             for member in entry.members:
                 unwatch(member.tensor)
@@ -267,6 +301,15 @@ class Placed:
             _copy_span(member, flat)
         for member in ours:
             exchange_data(member.tensor, tensor_in(flat, member.byte_offset, member.spec))
+
+
+def _put(outer: Outer, tensor: torch.Tensor) -> torch.Tensor:
+    """Put a tensor in every place where a module has `outer`'s still."""
+    for module, attribute in outer.places:
+        for table in (module._parameters, module._buffers):
+            if table.get(attribute) is outer.tensor:
+                cast(dict[str, Any], table)[attribute] = tensor
+    return tensor
 
 
 def _copy_span(member: Member, flat: torch.Tensor) -> None:

@@ -36,5 +36,5 @@ class RootForward(WrappedForward):
                 if self.installed:  # a hook may have restored the module
                     stager.prefetcher.end_step(stream=current_stream(stager.device))
         if self.installed and torch.is_grad_enabled():
-            guard_outputs(output, self.placed.offloaded())
+            guard_outputs(output, (member.of_module for member in self.placed.offloaded()))
         return output

@@ -16,6 +16,7 @@ import torch
 
 from ..errors import AliasError
 from .outputs import lies_in
+from .subclasses import wraps_others
 
 if TYPE_CHECKING:
     from .staging import StagedUnit, Stager
@@ -69,6 +70,17 @@ class _Passed:
     unpack: Callable[[Any], torch.Tensor]
 
 
+@dataclass(frozen=True, slots=True)
+class _Wrapping:
+    """A tensor that wraps others, of which some lay in the slot, in parts that are packed each."""
+
+    kind: Any
+    parts: dict[str, Any]
+    context: Any
+    shape: torch.Size
+    strides: tuple[int, ...]
+
+
 def saved_outside(stager: Stager, slot: torch.Tensor, unit: StagedUnit) -> AbstractContextManager[Any]:
     """Pack what autograd saves of the slot inside the block."""
     if not torch.is_grad_enabled():
@@ -77,16 +89,28 @@ def saved_outside(stager: Stager, slot: torch.Tensor, unit: StagedUnit) -> Abstr
     # torch calls the innermost hooks only, so ours call those around them.
     outer: Any = torch._C._autograd._top_saved_tensors_default_hooks(False)
 
-    def pack(tensor: torch.Tensor) -> Staged | _Kept | _Passed:
+    def pack(tensor: Any) -> Any:
+        if not isinstance(tensor, torch.Tensor):
+            return tensor  # a part that is none
         if lies_in(tensor, storage):
-            return _place_of(tensor, slot, unit)
+            if not wraps_others(tensor):
+                return _place_of(tensor, slot, unit)
+            names, context = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+            parts = {name: pack(getattr(tensor, name)) for name in names}
+            return _Wrapping(type(tensor), parts, context, tensor.size(), tensor.stride())
         if outer is not None:
             return _Passed(outer[0](tensor), outer[1])
         # Not the tensor itself: where it is its own node's output, the two would keep each other alive.
         return _Kept(tensor.detach(), tensor._version)
 
-    def unpack(saved: Staged | _Kept | _Passed) -> torch.Tensor:
+    def unpack(saved: Any) -> Any:
+        if isinstance(saved, _Wrapping):
+            parts = {name: unpack(part) for name, part in saved.parts.items()}
+            return saved.kind.__tensor_unflatten__(parts, saved.context, saved.shape, saved.strides)
+        if not isinstance(saved, Staged | _Kept | _Passed):
+            return saved
         if isinstance(saved, Staged):
+            stager.look_over(saved.unit)
             return stager.backward.staged_again(saved)
         if isinstance(saved, _Passed):
             return saved.unpack(saved.packed)

@@ -21,9 +21,9 @@ from .backward import BackwardStager
 from .gradients import guard_outputs
 from .outputs import detached_from
 from .saved import saved_outside
-from .tensors import current_stream, tensor_in, tensor_over, version_of
+from .tensors import current_stream, tensor_in, tensor_over
 from .tree import Member
-from .watched import exchange_data, plain_data, was_touched
+from .watched import exchange_data, plain_data, was_read, written_as_data
 from .wrapped import WrappedForward
 
 __all__ = ["StagedMember", "StagedUnit", "Stager", "home_tensor"]
@@ -79,9 +79,9 @@ class StagedMember:
         return any(norm.training for norm in self.norms)
 
     def was_written(self) -> bool:
-        """Whether torch saw a write since we looked last, or ``.data`` was read, through which it would see none."""
-        touched = was_touched(self.tensor)
-        return touched or version_of(self.tensor) != self.version
+        """Whether torch saw a write since we looked last."""
+        written = written_as_data(self.tensor)
+        return written or self.member.version != self.version
 
     def overlaps(self, byte_offset: int, nbytes: int) -> bool:
         """Whether it has bytes of a range of the slab."""
@@ -96,7 +96,7 @@ class StagedUnit:
     Attributes
     ----------
     own : frozenset of int
-        Ids of its tensor objects.
+        Ids of its tensor objects, and of those that wrap them.
     active : list of Lease
         Of the calls that are inside the unit's forward now; the first one's slot is where the parameters point.
     """
@@ -110,11 +110,13 @@ class StagedUnit:
     own: frozenset[int] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.own = frozenset(id(staged.tensor) for staged in self.members)
+        self.own = frozenset(
+            id(tensor) for staged in self.members for tensor in (staged.tensor, staged.member.of_module[1])
+        )
 
     def named(self) -> list[tuple[str, torch.Tensor]]:
-        """Name and tensor of every member."""
-        return [(staged.member.name, staged.tensor) for staged in self.members]
+        """Name and tensor of what the module has, by which every member is reached."""
+        return [staged.member.of_module for staged in self.members]
 
     def generations(self, byte_offset: int, nbytes: int) -> tuple[int, ...]:
         """How often a range of the slab changed."""
@@ -164,7 +166,7 @@ class Stager:
         self.ring = prefetcher.ring
         self.device = device
         self.slots = slots
-        self.backward = BackwardStager(self.ring, slots, device, self.look_over)
+        self.backward = BackwardStager(self.ring, slots, device)
         self.aliased_outputs = 0
         self.units: dict[str, StagedUnit] = {}
         self.adopted: list[str] = []
@@ -229,11 +231,14 @@ class Stager:
             foreign = [staged for staged in unit.members if not staged.at_home and not restored]
             if foreign:
                 self._adopt(unit, [(staged, plain_data(staged.tensor)) for staged in foreign])
+            # Read as data, it may have been written by means that torch does not see. That is no reason to refuse a
+            # backward, as a write is, but one to copy again.
+            read = [staged for staged in unit.members if was_read(staged.tensor)]
             written = [staged for staged in unit.members if staged.was_written()]
             for staged in written:
-                staged.version = version_of(staged.tensor)
+                staged.version = staged.member.version
                 unit.touch(staged)
-            if written and not restored:
+            if (written or read) and not restored:
                 self.ring.changed_on_stream(unit.name, stream=current_stream(self.device))
 
     def _go_home(self, unit: StagedUnit, lease: Lease) -> None:
@@ -245,12 +250,12 @@ class Stager:
             if staged.tensor.data_ptr() != tensor.data_ptr():
                 foreign.append((staged, plain_data(staged.tensor)))
             elif staged.was_written():
-                staged.version = version_of(staged.tensor)
+                staged.version = staged.member.version
                 unit.touch(staged)
                 written.append(staged)
-            elif staged.written_unseen:
+            elif was_read(staged.tensor) or staged.written_unseen:
                 written.append(staged)
-            exchange_data(staged.tensor, staged.home)
+            exchange_data(staged.tensor, staged.home, forget=True)
         driver = self.ring.driver
         for staged in written:
             # In stream order behind the write itself; a tensor that overlaps another brings the same bytes twice.
@@ -304,8 +309,8 @@ class Stager:
         self.ring.before_host_write(unit.name)
         home_tensor(unit.slab.host_view(staged.entry), staged.member).copy_(source)
         self.ring.changed(unit.name)
-        torch.autograd.graph.increment_version(staged.tensor)
-        staged.version = version_of(staged.tensor)
+        torch.autograd.graph.increment_version(staged.member.of_module[1])
+        staged.version = staged.member.version
         unit.touch(staged)
 
     def changed(self, entry: str, member: Member, stream: int) -> None:
@@ -320,9 +325,22 @@ class Stager:
         """The unit that stages an entry."""
         return self._unit_of.get(entry)
 
-    def check_idle(self) -> None:
-        """Refuse while a unit runs."""
+    def close(self) -> None:
+        """End staging, and let go of slots and homes at once: the garbage collector may come much later.
+
+        Raises
+        ------
+        SlotError
+            A unit is running. Nothing has changed then.
+        """
         with self.lock:
             running = [unit.name for unit in self.units.values() if unit.active]
-        if running:
-            raise SlotError(f'unit "{running[0]}" is running; restore the module between two calls of it')
+            if running:
+                raise SlotError(f'unit "{running[0]}" is running; restore the module between two calls of it')
+            self.backward.abandon()
+            self.ring.close()
+            for unit in self.units.values():
+                unit.slot_tensors.clear()
+            self.units.clear()
+            self._unit_of.clear()
+            self.slots.clear()

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from .outputs import lies_in
-from .tensors import version_of
+from .subclasses import inner_at, rebuilt
 
 if TYPE_CHECKING:
     from .staging import StagedMember, StagedUnit, Stager
@@ -40,11 +40,15 @@ class _Homes:
     def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
         with self.stager.lock:
             for attribute, unit, staged in self.tensors:
-                found = state_dict.get(prefix + attribute)
+                key = prefix + attribute.split(".")[0]
+                found = state_dict.get(key)
                 # With keep_vars it is the Parameter itself, which goes home with its unit.
-                if not isinstance(found, torch.Tensor) or found is staged.tensor:
+                if not isinstance(found, torch.Tensor) or found is staged.member.of_module[1]:
                     continue
-                if any(lies_in(found, storage) for storage in self.storages):
-                    # What the unit's forward has written so far is not at home yet.
-                    written = unit.active and version_of(staged.tensor) != staged.version
-                    state_dict[prefix + attribute] = found.clone() if written else staged.home
+                inner = inner_at(found, attribute)
+                if inner is None or not any(lies_in(inner, storage) for storage in self.storages):
+                    continue
+                # What the unit's forward has written so far is not at home yet.
+                written = unit.active and staged.member.version != staged.version
+                home = inner.clone() if written else staged.home
+                state_dict[key] = home if inner is found else rebuilt(found, {id(inner): home})

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import torch
 from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.dlpack import from_dlpack
 
 from ..driver import Driver
@@ -54,9 +53,9 @@ def spec_of(tensor: torch.Tensor, name: str = "tensor") -> TensorSpec:
     Raises
     ------
     SpecError
-        The tensor has no strided memory of its own (sparse, on meta, uninitialised, a wrapper subclass), a dtype that
-        DLPack does not know, bytes that do not say what its elements are (lazily conjugated, quantised), or no count
-        of the writes to it (made in inference mode).
+        The tensor has no strided memory of its own (sparse, on meta, uninitialised, a subclass that hides it), a dtype
+        that DLPack does not know, bytes that do not say what its elements are (lazily conjugated, quantised), or no
+        count of the writes to it (made in inference mode).
     """
     if is_lazy(tensor):
         raise SpecError(f'"{name}" is not initialised yet; run a forward of the lazy module before offloading')
@@ -65,8 +64,11 @@ def spec_of(tensor: torch.Tensor, name: str = "tensor") -> TensorSpec:
         raise SpecError(f'"{name}" is {what}; only tensors of plain strided memory are moved')
     if tensor.is_meta:
         raise SpecError(f'"{name}" is on the meta device and has no bytes; load the weights before offloading')
-    if _wraps_others(tensor):
-        raise SpecError(f'"{name}" is a {type(tensor).__name__}, which wraps tensors and has no memory of its own')
+    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        raise SpecError(
+            f'"{name}" is a {type(tensor).__name__}, which dispatches by itself and does not say of which tensors it '
+            "is made; give the class __tensor_flatten__ and __tensor_unflatten__"
+        )
     if tensor.is_conj() or tensor.is_neg():
         raise SpecError(f'"{name}" is a lazy conjugate or negative; put x.resolve_conj().resolve_neg() in its place')
     if tensor.is_inference():
@@ -78,10 +80,6 @@ def spec_of(tensor: torch.Tensor, name: str = "tensor") -> TensorSpec:
     if found is None:
         raise SpecError(f'"{name}" has dtype {tensor.dtype}, which DLPack has no code for; view it as uint8 first')
     return TensorSpec(tuple(tensor.shape), found, tuple(tensor.stride()))
-
-
-def _wraps_others(tensor: object) -> bool:
-    return is_traceable_wrapper_subclass(tensor)
 
 
 def empty_bytes(nbytes: int, device: torch.device) -> torch.Tensor:

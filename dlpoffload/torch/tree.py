@@ -11,17 +11,35 @@ from torch import nn
 from ..errors import PlanError
 from ..planning import UnitTree
 from ..spec import TensorSpec
-from .tensors import spec_of
+from .subclasses import inner_tensors, wraps_others
+from .tensors import spec_of, version_of
 
-__all__ = ["Entry", "Member", "collect", "unit_tree"]
+__all__ = ["Entry", "Member", "Outer", "collect", "unit_tree"]
 
 _INDIVISIBLE = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 """They hand the weights of their children to kernels and do not call the children, always or on their fast path."""
 
 
 @dataclass(eq=False, slots=True)
+class Outer:
+    """A tensor of the module that wraps others (see `subclasses`), and every place that refers to it.
+
+    Attributes
+    ----------
+    tensor : torch.Tensor
+    name : str
+        The first qualified name.
+    places : list of (module, attribute)
+    """
+
+    tensor: torch.Tensor
+    name: str
+    places: list[tuple[nn.Module, str]] = field(default_factory=list)
+
+
+@dataclass(eq=False, slots=True)
 class Member:
-    """One tensor object of the module, and every place that refers to it.
+    """One tensor object of the module, or inside of one that wraps others, and every place that refers to it.
 
     Attributes
     ----------
@@ -31,9 +49,12 @@ class Member:
     byte_offset : int
         Where it lies in its entry's bytes.
     places : list of (module, attribute, qualified name)
-        Each once, under the first name of its module.
+        Each once, under the first name of its module. Inside of a tensor that wraps others, attribute and name go on
+        with the path there: ``"weight.scale"``.
     names : dict of str to (module, attribute)
         Every qualified name: a module that stands at two paths gives its tensors two.
+    outer : Outer or None
+        The tensor of the module that it is a part of.
     """
 
     tensor: torch.Tensor
@@ -41,11 +62,23 @@ class Member:
     byte_offset: int
     places: list[tuple[nn.Module, str, str]] = field(default_factory=list)
     names: dict[str, tuple[nn.Module, str]] = field(default_factory=dict)
+    outer: Outer | None = None
 
     @property
     def name(self) -> str:
         """The first qualified name."""
         return self.places[0][2]
+
+    @property
+    def of_module(self) -> tuple[str, torch.Tensor]:
+        """Name and object of what the module has: the tensor itself, or the one that it is a part of."""
+        return (self.name, self.tensor) if self.outer is None else (self.outer.name, self.outer.tensor)
+
+    @property
+    def version(self) -> int:
+        """Torch's count of in-place writes. Those to a tensor that wraps others do not count inside of it."""
+        own = version_of(self.tensor)
+        return own if self.outer is None else own + version_of(self.outer.tensor)
 
 
 @dataclass(eq=False, slots=True)
@@ -60,13 +93,21 @@ class Entry:
 def collect(root: nn.Module) -> list[Entry]:
     """Every parameter and buffer of a module, tied ones joined."""
     members: dict[int, Member] = {}
+    outers: dict[int, Outer] = {}
     seen: set[int] = set()
     for path, module in root.named_modules(remove_duplicate=False):
-        for attribute, tensor in _own_tensors(module):
+        for attribute, tensor, outer in _own_tensors(module):
             name = f"{path}.{attribute}" if path else attribute
             member = members.get(id(tensor))
             if member is None:
                 member = members[id(tensor)] = Member(tensor, spec_of(tensor, name), 0)
+            if outer is not None:
+                known = outers.setdefault(
+                    id(outer), Outer(outer, name.removesuffix(attribute) + attribute.split(".")[0])
+                )
+                member.outer = member.outer or known
+                if (place := (module, attribute.split(".")[0])) not in known.places:
+                    known.places.append(place)
             member.names[name] = module, attribute
             if id(module) not in seen:
                 member.places.append((module, attribute, name))
@@ -74,11 +115,15 @@ def collect(root: nn.Module) -> list[Entry]:
     return [_entry(group) for group in _overlapping(list(members.values()))]
 
 
-def _own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def _own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor, torch.Tensor | None]]:
+    """Attribute and tensor, of plain ones; of one that wraps others those inside of it, and itself."""
     for table in (module._parameters, module._buffers):
         for attribute, tensor in table.items():
-            if tensor is not None:
-                yield attribute, tensor
+            if wraps_others(tensor):
+                assert tensor is not None
+                yield from ((f"{attribute}.{path}", inner, tensor) for path, inner in inner_tensors(tensor))
+            elif tensor is not None:
+                yield attribute, tensor, None
 
 
 def _overlapping(members: list[Member]) -> Iterator[list[Member]]:

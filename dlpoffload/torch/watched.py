@@ -2,22 +2,45 @@
 
 ``weight.data += delta`` (merging a LoRA adapter does it) changes bytes behind torch's back: neither `_version` nor
 `data_ptr` tells. So the class of an offloaded tensor is exchanged for a subclass that takes note when ``.data`` is
-read. Whoever reads it may write it; the price of a wrong guess is one copy.
+read. All that it gives out shares one count of writes, which we keep: an alias that is held and written much later is
+seen, too. Whoever reads it may also write it in a way that torch does not count, by a kernel of his own; so a read
+costs one copy more.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, NoReturn, cast
 
 import torch
 from torch import nn
 
-__all__ = ["exchange_data", "plain_data", "unwatch", "was_touched", "watch"]
+from ..errors import OffloadError
+
+__all__ = [
+    "attributes_of",
+    "exchange_data",
+    "former_class",
+    "plain_data",
+    "unwatch",
+    "was_read",
+    "watch",
+    "written_as_data",
+]
 
 _DATA = cast(Any, torch._C.TensorBase).data
-_TOUCHED = "_dlpoffload_touched"
+_READ = "_dlpoffload_read"
+_GIVEN = "_dlpoffload_given"
 _FORMER = "_dlpoffload_class"
+
+
+@dataclass(slots=True)
+class _Given:
+    """An alias of what ``.data`` gave out, which shares its count of writes, and that count when we looked last."""
+
+    alias: torch.Tensor
+    version: int
 
 
 class _Watched:
@@ -28,13 +51,21 @@ class _Watched:
     @property
     def data(self) -> torch.Tensor:
         """As ever, and noted."""
-        self.__dict__[_TOUCHED] = True
-        return cast(torch.Tensor, _DATA.__get__(self))
+        notes = self.__dict__
+        notes[_READ] = True
+        alias = plain_data(cast(torch.Tensor, self))
+        given: dict[int, _Given] = notes.setdefault(_GIVEN, {})
+        # By address: its home's are kept, those of a slot only until the unit is left.
+        return given.setdefault(alias.data_ptr(), _Given(alias, alias._version)).alias.detach()
 
     @data.setter
     def data(self, value: torch.Tensor) -> None:
-        self.__dict__[_TOUCHED] = True
+        self.__dict__[_READ] = True
         _DATA.__set__(self, value)
+
+    def share_memory_(self) -> NoReturn:
+        """Refuse: torch would copy the bytes into memory of its own, and this tensor would be offloaded no more."""
+        raise OffloadError("an offloaded tensor cannot be moved to shared memory; restore_() the module first")
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # A copy is no offloaded tensor: it is pickled, and deep-copied, as what it was before.
@@ -61,24 +92,40 @@ def watch(tensor: torch.Tensor) -> None:
     """Exchange a tensor's class. Only plain tensors and Parameters (and subclasses without a layout of their own)."""
     kind = type(tensor)
     tensor.__dict__[_FORMER] = kind
-    tensor.__dict__[_TOUCHED] = False
     tensor.__class__ = _watched_class(kind)
 
 
 def unwatch(tensor: torch.Tensor) -> None:
     """Give a tensor its class back. Idempotent."""
     kind = tensor.__dict__.pop(_FORMER, None)
-    tensor.__dict__.pop(_TOUCHED, None)
+    tensor.__dict__.pop(_READ, None)
+    tensor.__dict__.pop(_GIVEN, None)
     if kind is not None:
         tensor.__class__ = kind
 
 
-def was_touched(tensor: torch.Tensor) -> bool:
+def former_class(tensor: torch.Tensor) -> type:
+    """The class that a tensor had before it was watched."""
+    return cast(type, tensor.__dict__.get(_FORMER, type(tensor)))
+
+
+def attributes_of(tensor: torch.Tensor) -> dict[str, Any]:
+    """What others have put on a tensor as attributes."""
+    return {name: value for name, value in tensor.__dict__.items() if name not in (_FORMER, _READ, _GIVEN)}
+
+
+def was_read(tensor: torch.Tensor) -> bool:
     """Whether ``.data`` was read or set since this was last asked."""
-    touched = tensor.__dict__.get(_TOUCHED, False)
-    if touched:
-        tensor.__dict__[_TOUCHED] = False
-    return bool(touched)
+    return bool(tensor.__dict__.pop(_READ, False))
+
+
+def written_as_data(tensor: torch.Tensor) -> bool:
+    """Whether torch saw a write through what ``.data`` gave out of the bytes that the tensor has now."""
+    given = tensor.__dict__.get(_GIVEN, {}).get(tensor.data_ptr())
+    if given is None or given.alias._version == given.version:
+        return False
+    given.version = given.alias._version
+    return True
 
 
 def plain_data(tensor: torch.Tensor) -> torch.Tensor:
@@ -86,6 +133,8 @@ def plain_data(tensor: torch.Tensor) -> torch.Tensor:
     return cast(torch.Tensor, _DATA.__get__(tensor))
 
 
-def exchange_data(tensor: torch.Tensor, value: torch.Tensor) -> None:
-    """``tensor.data = value``, without a note."""
+def exchange_data(tensor: torch.Tensor, value: torch.Tensor, *, forget: bool = False) -> None:
+    """``tensor.data = value``, without a note. `forget` what ``.data`` gave out of the bytes that it had."""
+    if forget and (given := tensor.__dict__.get(_GIVEN)):
+        given.pop(tensor.data_ptr(), None)
     _DATA.__set__(tensor, value)

@@ -20,9 +20,13 @@ class WrappedForward:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.installed = False
+        self.inside_another = False
 
     def install(self) -> None:
-        """Take the place of the module's forward as it is now."""
+        """Take the place of the module's forward as it is now, or act again inside of what somebody wrapped around."""
+        if self.inside_another:
+            self.installed = True
+            return
         self.inner: Callable[..., Any] = self.module.forward
         self.before = self.module.__dict__.get("forward")
         # inspect.signature, which some libraries ask of a forward, follows __wrapped__. Its __dict__ is not taken over:
@@ -33,6 +37,7 @@ class WrappedForward:
 
     def remove(self) -> None:
         """Put the former forward back; where somebody wrapped this one since, stay and only pass through."""
+        self.inside_another = self.installed and self.module.__dict__.get("forward") is not self
         self.installed = False
         if self.module.__dict__.get("forward") is self:
             if self.before is None:

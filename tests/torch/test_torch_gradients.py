@@ -603,6 +603,9 @@ def test_inputs_that_pass_through_keep_no_hooks(device: str) -> None:
 
 
 def test_a_backward_that_raised_keeps_nothing_alive(device: str) -> None:
+    gc.collect()
+    lifetime.drain()
+    alive = live_buffers()
     model, _, handle = pair(device, depth=3, slots=1)
     x = vector(0, device).requires_grad_()
     model.gains[0].register_hook(lambda gradient: 1 / 0)
@@ -611,7 +614,7 @@ def test_a_backward_that_raised_keeps_nothing_alive(device: str) -> None:
     assert len(handle._placed.stager.backward._passes) == 0
     # torch leaves the nodes that it did not come to in the thread's queue, and so the graph, until the next backward.
     torch.ones(1, requires_grad=True).sum().backward()
-    del model, handle, x
+    del model, handle, x, _
     gc.collect()
     lifetime.drain()
-    assert live_buffers() == []
+    assert live_buffers() == alive

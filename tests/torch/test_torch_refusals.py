@@ -100,18 +100,13 @@ def _inference() -> nn.Module:
 
 
 class _Wrapper(torch.Tensor):
+    """Does not say of which tensors it is made."""
+
     @staticmethod
     def __new__(cls, inner: torch.Tensor) -> _Wrapper:
         made: _Wrapper = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
         made.inner = inner
         return made
-
-    def __tensor_flatten__(self) -> tuple[list[str], None]:
-        return ["inner"], None
-
-    @classmethod
-    def __tensor_unflatten__(cls, inner: dict[str, torch.Tensor], *_: Any) -> _Wrapper:
-        return cls(inner["inner"])
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -595,6 +595,31 @@ def test_a_forked_child_ends_cleanly_and_the_parents_buffer_stays() -> None:
     assert (result.returncode, result.stderr) == (0, "")
 
 
+def test_a_forked_child_reads_what_it_inherits_of_a_producers_memory() -> None:
+    """What the parent registered keeps its producer in the child, too: it was unmapped under the child's views."""
+    result = run_python(
+        """
+        import os, sys, warnings
+        import dlpoffload as dlpo
+        from dlpoffload import lifetime
+
+        warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+        nbytes = 64 << 20  # so large that freeing it would unmap it
+        buffer = dlpo.HostBuffer.register(bytearray(b"7" * nbytes), device="cpu")
+        view = buffer.host_view((nbytes,), "uint8")
+        child = os.fork()
+        if child == 0:
+            lifetime.drain()
+            seen = view.memoryview()
+            assert dlpo.live_buffers() == []
+            sys.exit(7 if seen[0] == seen[-1] == ord("7") else 1)
+        _, status = os.waitpid(child, 0)
+        assert os.waitstatus_to_exitcode(status) == 7, status
+        """
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+
+
 @pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="needs POSIX signals")
 def test_an_interrupt_reaches_a_program_that_waits_for_nothing() -> None:
     """The reclaim thread neither takes signals nor keeps the process alive."""
