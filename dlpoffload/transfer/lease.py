@@ -46,6 +46,7 @@ class Lease:
     __slots__ = ("_given", "_released", "_ring", "_state", "_timeline", "_waited", "slot", "stream", "unit")
 
     def __init__(self, ring: SlotRing, unit: str, stream: int, timeline: Timeline, state: SlotState | None) -> None:
+        # Under the ring's lock.
         self._ring = ring
         self._timeline = timeline
         self._state = state
@@ -55,6 +56,7 @@ class Lease:
         self.unit = unit
         self.stream = stream
         self.slot = None if state is None else state.slot
+        self._count(+1)
 
     def wait(self) -> None:
         """Make the lease's stream wait for the unit's copy. Asynchronous, except on the CPU driver's stream 0.
@@ -64,11 +66,28 @@ class Lease:
         SlotError
             The lease is released, or was taken on the other side of a capture's border.
         """
-        self._ring._wait(self)
+        # Not under the lock: the wait of the CPU driver's stream 0 blocks, and while leased `ready` stays what it is.
+        self._check()
+        ring, timeline, state = self._ring, self._timeline, self._state
+        with ring.driver.current():
+            self._check_border(self.stream)
+            if state is None:
+                with ring._lock:
+                    events = list(timeline.written.get(self.unit, {}).values())
+            else:
+                events = [state.ready]
+            with ring._timed(timeline, self.stream, None):
+                for event in events:
+                    ring.driver.stream_wait_event(self.stream, event)
+        self._waited = True
 
     def share(self, stream: int | StreamLike) -> Lease:
         """Lease the same slot once more, for another reader of the unit on `stream`."""
-        return self._ring._share(self, stream_handle(stream))
+        handle = stream_handle(stream)
+        with self._ring._lock, self._ring.driver.current():
+            self._check()
+            self._check_border(handle)
+            return Lease(self._ring, self.unit, handle, self._timeline, self._state)
 
     def release(self) -> None:
         """Mark what is enqueued on the lease's stream so far as the slot's last reader there. Idempotent.
@@ -80,7 +99,20 @@ class Lease:
         SlotError
             The lease was taken before its stream began to capture: release it before that, or after the capture.
         """
-        self._ring._release(self)
+        ring, timeline, state = self._ring, self._timeline, self._state
+        with ring._lock, ring.driver.current():
+            if self._released or ring.closed:
+                return
+            if ring.driver.capture_id(self.stream) == timeline.capture:
+                if ring._timelines.shared and not self._waited:
+                    self.wait()  # else nothing would end the copy before a replay, or join it to its capture
+                readers = state.readers if state is not None else timeline.mapped_readers.setdefault(self.unit, {})
+                timeline.events.mark(readers, self.stream)
+            elif not timeline.capture:
+                self._check_border(self.stream)
+            # else the capture is over, and its work is none of the stream's
+            self._released = True
+            self._count(-1)
 
     @property
     def views(self) -> dict[str, View]:
@@ -102,6 +134,21 @@ class Lease:
             name: buffer.device_view(spec.shape, spec.dtype, strides=spec.strides, byte_offset=slab.byte_offsets[name])
             for name, spec in slab.specs.items()
         }
+
+    def _count(self, leases: int) -> None:
+        if self._state is None:
+            self._timeline.mapped_leases[self.unit] += leases
+        else:
+            self._state.leases += leases
+
+    def _check_border(self, stream: int) -> None:
+        """Refuse to order work of a capture against work outside it: CUDA would, too, and break the capture."""
+        if self._ring.driver.capture_id(stream) != self._timeline.capture:
+            where = "inside" if self._timeline.capture else "outside"
+            raise SlotError(
+                f'the lease of unit "{self.unit}" was taken {where} a graph capture and is used across its border; '
+                "prefetch, use and release a unit on one side"
+            )
 
     def _check(self) -> None:
         if self._released:

@@ -181,10 +181,7 @@ class SlotRing:
                     )
                 else:
                     self.stats.mapped_runs += 1
-            if state is None:
-                timeline.mapped_leases[unit] += 1
-            else:
-                state.leases += 1
+            if state is not None:
                 state.last_use = next(self._uses)
             return Lease(self, unit, handle, timeline, state)
 
@@ -197,9 +194,7 @@ class SlotRing:
         handle = stream_handle(stream)
         with self._lock, self.driver.current():
             self._slab(unit)
-            timeline = self._timelines.entering(handle)
-            timeline.mapped_leases[unit] += 1
-            return Lease(self, unit, handle, timeline, None)
+            return Lease(self, unit, handle, self._timelines.entering(handle), None)
 
     def look_ahead(self, units: Sequence[str], *, stream: int | StreamLike = 0) -> None:
         """Prefetch units that are needed next, in this order, into slots that are free; leases nothing.
@@ -220,28 +215,9 @@ class SlotRing:
                         return
                     self._copy(timeline, state, unit, self._slab(unit))
 
-    def _share(self, lease: Lease, stream: int) -> Lease:
-        with self._lock, self.driver.current():
-            lease._check()
-            self._check_border(lease, stream)
-            if lease._state is None:
-                lease._timeline.mapped_leases[lease.unit] += 1
-            else:
-                lease._state.leases += 1
-            return Lease(self, lease.unit, stream, lease._timeline, lease._state)
-
     def _check_open(self) -> None:
         if self._closed:
             raise ClosedError("this slot ring is closed; make a new one")
-
-    def _check_border(self, lease: Lease, stream: int) -> None:
-        """Refuse to order work of a capture against work outside it: CUDA would, too, and break the capture."""
-        if self.driver.capture_id(stream) != lease._timeline.capture:
-            where = "inside" if lease._timeline.capture else "outside"
-            raise SlotError(
-                f'the lease of unit "{lease.unit}" was taken {where} a graph capture and is used across its border; '
-                "prefetch, use and release a unit on one side"
-            )
 
     def _slab(self, unit: str) -> Slab:
         self._check_open()
@@ -268,42 +244,6 @@ class SlotRing:
 
     def _timed(self, timeline: Timeline, stream: int, nbytes: int | None) -> AbstractContextManager[None]:
         return nullcontext() if timeline.capture else self._stopwatch.timed(stream, nbytes)
-
-    def _wait(self, lease: Lease) -> None:
-        # Not under the lock: the wait of the CPU driver's stream 0 blocks, and while leased `ready` stays what it is.
-        lease._check()
-        state, timeline, driver = lease._state, lease._timeline, self.driver
-        with driver.current():
-            self._check_border(lease, lease.stream)
-            if state is None:
-                with self._lock:
-                    events = list(timeline.written.get(lease.unit, {}).values())
-            else:
-                events = [state.ready]
-            with self._timed(timeline, lease.stream, None):
-                for event in events:
-                    driver.stream_wait_event(lease.stream, event)
-        lease._waited = True
-
-    def _release(self, lease: Lease) -> None:
-        with self._lock, self.driver.current():
-            if lease._released or self._closed:
-                return
-            state, timeline, unit = lease._state, lease._timeline, lease.unit
-            capture = self.driver.capture_id(lease.stream)
-            if capture == timeline.capture:
-                if self._timelines.shared and not lease._waited:
-                    self._wait(lease)  # else nothing would end the copy before a replay, or join it to its capture
-                readers = state.readers if state is not None else timeline.mapped_readers.setdefault(unit, {})
-                timeline.events.mark(readers, lease.stream)
-            elif not timeline.capture:
-                self._check_border(lease, lease.stream)
-            # else the capture is over, and its work is none of the stream's
-            lease._released = True
-            if state is None:
-                timeline.mapped_leases[unit] -= 1
-            else:
-                state.leases -= 1
 
     # ---------------------------------------------------------------------------------------------- steps
     def begin_step(self, *, stream: int | StreamLike = 0) -> None:
