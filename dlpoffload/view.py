@@ -290,7 +290,8 @@ class View:
             return None
         if kind == CUDA_HOST and device[1] == 0 and self.host_pointer is not None:
             return self._labelled(Label.PINNED)
-        if kind == CUDA and device[1] == driver.device_id and self.device_pointer is not None:
+        # A consumer's kernels may write, and over read-only memory that ends the context: only device_view, by name.
+        if kind == CUDA and device[1] == driver.device_id and self.device_pointer is not None and not self.read_only:
             return self._labelled(Label.DEVICE)
         return None
 

@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from .opening import Checkpoint, open_checkpoint
 from .reading import Progress
+from .shard import Shard, Stored, Watch
 
-__all__ = ["Checkpoint", "Progress", "open_checkpoint"]
+__all__ = ["Checkpoint", "Progress", "Shard", "Stored", "Watch", "open_checkpoint"]

@@ -55,6 +55,8 @@ class CpuDriver:
         reader that does not wait for its copy, or a copy that does not wait for the last reader, gives a
         wrong result, and always the same for the same seed. For tests; what asks `event_query` in a loop and
         waits for nothing may never end.
+    numa_node : int, optional
+        The node that the device says it is near to.
     **capabilities : bool
         Fields of `Capabilities` to take away or add, for example ``map_host_memory=False``.
 
@@ -74,8 +76,10 @@ class CpuDriver:
         host_limit_nbytes: int | None = None,
         device_limit_nbytes: int | None = None,
         adversary: int | None = None,
+        numa_node: int | None = None,
         **capabilities: bool,
     ) -> None:
+        self.numa_node = numa_node
         self.description = _cpu_name()
         physical = host_limits().total_nbytes
         if physical is None:
@@ -282,18 +286,11 @@ class CpuDriver:
             self._streams.drain(call)
             return table.remove(pointer)  # the drain gave up the lock: another thread may have been quicker
 
-    def _end(self, known: Range) -> int:
-        """Where known memory ends; registrations may adjoin."""
-        end = known.end
-        while (following := self._registered.find(end)) is not None:
-            end = following.end
-        return end
-
     def _check_range(self, call: str, pointer: int, nbytes: int, *, write: bool = False) -> None:
-        """What CUDA checks of an address: not null, and not across the end of an allocation."""
+        """What CUDA checks of an address: not null, and not across the end of an allocation or a registration."""
         with self._streams.lock:
             known = self._device.find(pointer) or self._pinned(pointer)
-            end = self._end(known) if known else None
+            end = known.end if known else None
         problem = ""
         if nbytes < 0 or (pointer <= 0 and nbytes):
             problem = "are no memory"

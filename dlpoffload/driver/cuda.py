@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, Final
 
@@ -23,6 +24,7 @@ from .refusals import cuda_error
 __all__ = ["CudaDriver", "check", "device_count", "driver_version"]
 
 _SUCCESS: Final = 0
+_PCI_DEVICES: Final = Path("/sys/bus/pci/devices")
 
 _PORTABLE, _DEVICEMAP, _READ_ONLY = 0x01, 0x02, 0x08  # CU_MEMHOSTALLOC_* and CU_MEMHOSTREGISTER_* agree
 _NON_BLOCKING: Final = 1  # CU_STREAM_NON_BLOCKING
@@ -227,6 +229,16 @@ class CudaDriver:
     def _attribute(self, name: str) -> bool:
         attribute = getattr(self._cuda.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
         return bool(self._call("cuDeviceGetAttribute", attribute, self._handle, detail=name))
+
+    @property
+    def numa_node(self) -> int | None:
+        name = self._call("cuDeviceGetPCIBusId", 16, self._handle)
+        bus = bytes(name).split(b"\0")[0].decode().lower()
+        try:
+            node = int((_PCI_DEVICES / bus / "numa_node").read_text())
+        except (OSError, ValueError):
+            return None
+        return node if node >= 0 else None  # -1: the firmware does not say
 
     def device_memory_info(self) -> tuple[int, int]:
         free, total = self._call("cuMemGetInfo")

@@ -59,7 +59,8 @@ class SlotRing:
         Allocates one slot of so many bytes: a framework's own allocator, so that its accounting stays true.
     when_full
         What a unit does that finds every slot leased: "map" runs it from its mapped view (counted in
-        `stats.mapped_runs`), "error" raises `SlotError`.
+        `stats.mapped_runs`), "error" raises `SlotError`. A unit that lies in read-only memory (a mapped file) runs from
+        there only if "map_read_only" is said: its kernels must write to none of its tensors.
 
     Raises
     ------
@@ -79,14 +80,16 @@ class SlotRing:
         slots: int = 2,
         device: str | int | None = None,
         allocate: Callable[[int], DeviceBuffer] | None = None,
-        when_full: Literal["map", "error"] = "map",
+        when_full: Literal["map", "map_read_only", "error"] = "map",
     ) -> None:
         if not slabs:
             raise SlotError("a slot ring needs at least one unit to stage")
         if slots < 1:
             raise SlotError(f"slots={slots}; a ring needs at least one slot, and two to overlap copies with compute")
-        if when_full not in ("map", "error"):
-            raise SpecError(f'when_full={when_full!r}; a unit that finds no free slot is told to "map" or "error"')
+        if when_full not in ("map", "map_read_only", "error"):
+            raise SpecError(
+                f'when_full={when_full!r}; a unit that finds no free slot is told to "map", "map_read_only" or "error"'
+            )
         self.driver: Driver = open_driver(device)
         self.slabs = dict(slabs)
         for unit, slab in self.slabs.items():
@@ -174,10 +177,11 @@ class SlotRing:
                 if state is not None:
                     self._copy(timeline, state, unit, slab)
                     self.stats.late_copies += not foreseen
-                elif self.when_full == "error":
+                elif self.when_full == "error" or (self.when_full == "map" and slab.read_only):
+                    instead = "" if self.when_full == "error" else ', or with when_full="map_read_only"'
                     raise SlotError(
                         f'unit "{unit}" finds all {len(self.slots)} slots leased; '
-                        f"leave a unit first, or make the ring with more slots ({self.slot_nbytes} bytes each)"
+                        f"leave a unit first, or make the ring with more slots ({self.slot_nbytes} bytes each){instead}"
                     )
                 else:
                     self.stats.mapped_runs += 1
@@ -228,19 +232,21 @@ class SlotRing:
 
     def _copy(self, timeline: Timeline, state: SlotState, unit: str, slab: Slab) -> None:
         driver, copy_stream = self.driver, timeline.copy_stream
+        copies = slab.copies()  # first: a file that was written to is refused before anything is enqueued
         state.holds = None  # should a call below fail, the slot holds nothing
         for event in state.readers.values():
             driver.stream_wait_event(copy_stream, event)
         for event in timeline.written.get(unit, {}).values():
             driver.stream_wait_event(copy_stream, event)
         with self._timed(timeline, copy_stream, slab.nbytes):
-            driver.copy_async(state.slot.device_pointer, slab.host_pointer, slab.nbytes, copy_stream)
+            for start, host_pointer, nbytes in copies:
+                driver.copy_async(state.slot.device_pointer + start, host_pointer, nbytes, copy_stream)
         driver.event_record(state.ready, copy_stream)
         timeline.events.recycle(state.readers)
         state.holds = unit
         state.last_use = next(self._uses)
         self.stats.copies += 1
-        self.stats.copied_nbytes += slab.nbytes
+        self.stats.copied_nbytes += sum(copy.nbytes for copy in copies)
 
     def _timed(self, timeline: Timeline, stream: int, nbytes: int | None) -> AbstractContextManager[None]:
         return nullcontext() if timeline.capture else self._stopwatch.timed(stream, nbytes)

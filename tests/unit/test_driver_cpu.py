@@ -314,8 +314,10 @@ def test_copies_past_the_end_of_what_is_known_are_refused(driver: CpuDriver) -> 
         driver.fill_async(device, 0, 101, stream)
     with pytest.raises(CudaError, match="256 is no byte"):
         driver.fill_async(device, 256, 1, stream)
-    driver.host_register(pages.pointer + PAGE, PAGE)  # now the copy stays inside registered memory
-    driver.copy(device, pages.pointer + PAGE - 1, 2)
+    driver.host_register(pages.pointer + PAGE, PAGE)  # a copy across two registrations is refused all the same
+    with pytest.raises(CudaError, match="cross the end"):
+        driver.copy(device, pages.pointer + PAGE - 1, 2)
+    driver.copy(device, pages.pointer + PAGE - 1, 1)
 
 
 def test_memory_registered_read_only_is_no_destination(driver: CpuDriver) -> None:

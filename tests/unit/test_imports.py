@@ -18,7 +18,8 @@ PACKAGE = Path(dlpoffload.__file__).parent
 
 VALUES = {"errors", "spec"}
 DRIVERS = VALUES | {"limits", "driver"}
-MEMORY = DRIVERS | {"maps", "lifetime", "blocks", "copies", "view", "producers", "buffer", "memory"}
+PINNING = DRIVERS | {"maps", "lifetime", "pages", "registrations", "wall", "blocks"}
+MEMORY = PINNING | {"background", "chunked", "copies", "view", "producers", "buffer", "filemap", "memory"}
 ADAPTER = MEMORY | {"slab", "checkpoint", "store", "planning", "transfer"}
 
 ALLOWED: dict[str, set[str]] = {
@@ -28,12 +29,18 @@ ALLOWED: dict[str, set[str]] = {
     "maps": VALUES,
     "driver": VALUES | {"limits"},
     "lifetime": {"_native", "errors"},
-    "blocks": DRIVERS | {"_native", "maps", "lifetime"},
+    "wall": DRIVERS,
+    "pages": DRIVERS | {"_native"},
+    "registrations": DRIVERS,
+    "blocks": (PINNING - {"blocks"}) | {"_native"},
+    "background": VALUES,
+    "chunked": PINNING | {"_native", "background"},
+    "filemap": PINNING | {"_native"},
     "view": DRIVERS | {"_native", "lifetime", "blocks", "copies"},
-    "copies": DRIVERS | {"_native", "blocks"},
+    "copies": DRIVERS | {"_native", "registrations", "blocks"},
     "producers": DRIVERS | {"_native", "lifetime", "view"},
-    "buffer": DRIVERS | {"lifetime", "blocks", "view"},
-    "memory": (MEMORY - {"memory"}) | {"_native"},
+    "buffer": DRIVERS | {"background", "lifetime", "blocks", "view"},
+    "memory": (MEMORY - {"memory", "filemap"}) | {"_native"},
     "slab": MEMORY,
     "planning": VALUES,
     "checkpoint": VALUES,
@@ -55,7 +62,7 @@ DOORS: dict[str, set[str]] = {
     "numpy": {"jax"},
     "rich": {"cli", "planning", "torch.report"},
     "safetensors": {"checkpoint"},
-    "_native": {"blocks", "copies", "lifetime", "producers", "view"},
+    "_native": {"blocks", "chunked", "copies", "filemap", "lifetime", "pages", "producers", "view"},
 }
 """Foreign package, or the native core -> the modules (with everything below them) that may import it."""
 
