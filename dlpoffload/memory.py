@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from .accounting import live_buffers, pinned_nbytes
 from .background import Progress
 from .blocks import Block, adopt_device, allocate_device, allocate_pageable, allocate_pinned, register
 from .buffer import Buffer
@@ -13,20 +14,13 @@ from .chunked import allocate_chunked
 from .copies import copied_nbytes, copy_elements
 from .driver import Driver, open_driver
 from .errors import AliasError, RegistrationError, SpecError
-from .lifetime import live
 from .maps import check_registrable
 from .pages import HugePages, PinOptions
 from .producers import view_of
-from .registrations import pinned_nbytes
 from .spec import ALIGNMENT, DType, TensorSpec, format_nbytes, lay_out, parse_nbytes
 from .view import CPU, CUDA, Label, View
 
 __all__ = ["DeviceBuffer", "HostBuffer", "live_buffers", "pinned_nbytes"]
-
-
-def live_buffers() -> list[tuple[str, int]]:
-    """Kind and bytes of every buffer that is not freed yet, closed ones under live views included."""
-    return [(resource.kind, resource.nbytes) for resource in live() if resource.kind != "import"]
 
 
 class HostBuffer(Buffer):

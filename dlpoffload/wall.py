@@ -14,7 +14,7 @@ from .errors import HostMemoryError
 from .limits import HostLimits
 from .spec import format_nbytes
 
-__all__ = ["WALL", "check_wall", "measured_wall"]
+__all__ = ["WALL", "check_wall", "find_wall"]
 
 WALL: Final = "the WSL wall (what the driver pins under Windows)"
 _STEP_NBYTES: Final = 64 << 20
@@ -23,8 +23,10 @@ _proven: dict[str, int] = {}
 _walls: dict[str, int] = {}
 
 
-def measured_wall(driver: Driver) -> int | None:
-    """Bytes at which the driver refused to pin more; None where it did not, or was not asked yet."""
+def find_wall(most_nbytes: int, pinned_nbytes: int, driver: Driver) -> int | None:
+    """Measure where the wall is, by pinning at most `most_nbytes` and giving them back; None when it is not there."""
+    if driver.device not in _walls and pinned_nbytes + most_nbytes > _proven.get(driver.device, 0):
+        _measure(pinned_nbytes + most_nbytes, pinned_nbytes, driver)
     return _walls.get(driver.device)
 
 
@@ -45,11 +47,8 @@ def check_wall(nbytes: int, pinned_nbytes: int, driver: Driver, limits: HostLimi
     """
     if not limits.is_wsl:
         return
-    wanted = pinned_nbytes + nbytes
-    if wanted > _proven.get(driver.device, 0) and driver.device not in _walls:
-        _measure(wanted, pinned_nbytes, driver)
-    wall = _walls.get(driver.device)
-    if wall is not None and wanted > wall:
+    wall = find_wall(nbytes, pinned_nbytes, driver)
+    if wall is not None and pinned_nbytes + nbytes > wall:
         raise HostMemoryError(
             f"asked for {format_nbytes(nbytes)} of pinned host memory with {format_nbytes(pinned_nbytes)} pinned "
             f"already, and {WALL} is {format_nbytes(wall)}, measured; ask for less, allow pageable memory "

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from .aligning import Aligned, align
 from .opening import Checkpoint, open_checkpoint
 from .reading import Progress
 from .shard import Shard, Stored, Watch
 
-__all__ = ["Checkpoint", "Progress", "Shard", "Stored", "Watch", "open_checkpoint"]
+__all__ = ["Aligned", "Checkpoint", "Progress", "Shard", "Stored", "Watch", "align", "open_checkpoint"]

@@ -47,6 +47,9 @@ class Stored:
     spec: TensorSpec
     byte_offset: int
     nbytes: int
+    stored_dtype: str
+    stored_shape: tuple[int, ...]
+    """Both as the file has them."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -64,6 +67,24 @@ class Shard:
     def check_unchanged(self) -> None:
         """Raise CheckpointError when somebody wrote to the file since it was opened."""
         _check_unchanged(self.path, self.file.fileno(), self.nbytes, self.changed_ns)
+
+    def read(self, byte_offset: int, nbytes: int) -> bytes:
+        """Read a range of the file; CheckpointError when it is not all there."""
+        parts = []
+        while nbytes:
+            try:
+                part = os.pread(self.file.fileno(), nbytes, byte_offset)
+            except OSError as error:
+                raise CheckpointError(
+                    f'"{self.path}" cannot be read at byte {byte_offset}: {error.strerror}; check the disk, or fetch '
+                    "the file again"
+                ) from error
+            if not part:
+                raise CheckpointError(f'"{self.path}" ends at byte {byte_offset}; fetch the file again')
+            parts.append(part)
+            byte_offset += len(part)
+            nbytes -= len(part)
+        return b"".join(parts)
 
     def watch(self) -> Watch:
         """Keep the file open beyond its checkpoint, and look at it now and then."""
@@ -171,7 +192,7 @@ def _read_header(
                 f'"{path}" places tensor "{name}" of {format_nbytes(spec.nbytes)} at bytes {begin} to {end} '
                 f"of the {nbytes - data} behind its header; fetch it again"
             )
-        tensors[name] = Stored(spec, data + begin, end - begin)
+        tensors[name] = Stored(spec, data + begin, end - begin, entry["dtype"], tuple(entry["shape"]))
     return tensors, metadata
 
 

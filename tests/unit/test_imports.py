@@ -19,7 +19,7 @@ PACKAGE = Path(dlpoffload.__file__).parent
 VALUES = {"errors", "spec"}
 DRIVERS = VALUES | {"limits", "driver"}
 PINNING = DRIVERS | {"maps", "lifetime", "pages", "registrations", "wall", "blocks"}
-MEMORY = PINNING | {"background", "chunked", "copies", "view", "producers", "buffer", "filemap", "memory"}
+MEMORY = PINNING | {"accounting", "background", "chunked", "copies", "view", "producers", "buffer", "filemap", "memory"}
 ADAPTER = MEMORY | {"slab", "checkpoint", "store", "planning", "transfer"}
 
 ALLOWED: dict[str, set[str]] = {
@@ -33,6 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "pages": DRIVERS | {"_native"},
     "registrations": DRIVERS,
     "blocks": (PINNING - {"blocks"}) | {"_native"},
+    "accounting": {"lifetime", "registrations"},
     "background": VALUES,
     "chunked": PINNING | {"_native", "background"},
     "filemap": PINNING | {"_native"},
@@ -49,8 +50,10 @@ ALLOWED: dict[str, set[str]] = {
     "torch": ADAPTER,
     "jax": ADAPTER,
     "probe": MEMORY,
-    "doctor": MEMORY | {"transfer", "probe", "version"},
-    "cli": VALUES | {"doctor", "version"},
+    "findings": DRIVERS,
+    "host_checks": MEMORY | {"findings"},
+    "doctor": MEMORY | {"transfer", "probe", "findings", "host_checks", "version"},
+    "cli": VALUES | {"checkpoint", "doctor", "store", "version"},
 }
 """Part of the package -> the parts that it may import. ``version`` is ``dlpoffload.__version__``."""
 
