@@ -133,6 +133,8 @@ def allocate_pinned(nbytes: int, driver: Driver, options: PinOptions | None = No
 
 def register(pointer: int, nbytes: int, driver: Driver, *, read_only: bool, access: Access, keepalive: object) -> Block:
     """Pin memory in place, or adopt it when it is pinned already; `keepalive` is dropped after it is unpinned."""
+    if access is Access.READ_ONLY:  # pages of a file, which pinning takes from everybody else
+        check_pinning(nbytes, driver)
     lifetime.drain()
     kept = [keepalive]
     with lifetime.lock:

@@ -189,6 +189,18 @@ class View:
             ready=self._ready,
         )
 
+    def unguarded(self) -> View:
+        """View the same bytes as if they could be written: for a consumer that never writes and reads no flags.
+
+        JAX asks for capsules that cannot say read-only, and writes only to arrays that it was told to donate. Whoever
+        writes through this over memory that is mapped read-only ends the process, or the CUDA context.
+
+        *Aliasing*: these bytes. *Lifetime*: keeps them alive.
+        """
+        made = self._labelled(self.label)
+        made.read_only = False
+        return made
+
     def __array__(self, *args: Any, **options: Any) -> NoReturn:
         """Refuse: without this, ``numpy.asarray`` would wrap the view in an array of objects and say nothing."""
         raise AliasError(f"numpy.asarray({self!r}) would not view its elements; use numpy.from_dlpack(view)")
@@ -257,7 +269,7 @@ class View:
             if self.read_only and not versioned:
                 raise AliasError(
                     f"{self!r} is read-only and a legacy capsule cannot say so; the consumer must ask for "
-                    "max_version=(1, 0) or newer, or for a copy"
+                    "max_version=(1, 0) or newer, or for a copy; view.unguarded() is for one that never writes"
                 )
             self._order(wanted, stream)
         spec = view.spec

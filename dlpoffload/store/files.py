@@ -8,6 +8,7 @@ left off 16 bytes, of which kernels take notice, starts anew at an aligned place
 from __future__ import annotations
 
 import mmap
+import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from ..blocks import check_pinning
-from ..checkpoint import Checkpoint, Watch
+from ..checkpoint import Checkpoint, Progress, Watch
 from ..driver import Driver, open_driver
 from ..errors import AliasError, SpecError
 from ..filemap import check_mappable, map_file_range
@@ -52,6 +53,22 @@ class _Extent:
         return self.start + self.nbytes
 
 
+class Told:
+    """Adds up what several threads map, for one progress callback."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self.total = 0
+        self._progress = progress
+        self._done = 0
+        self._lock = threading.Lock()
+
+    def __call__(self, nbytes: int) -> None:
+        with self._lock:
+            self._done += nbytes
+            if self._progress is not None:
+                self._progress(self._done, self.total)
+
+
 @dataclass(slots=True)
 class FileHomes:
     """A mapped checkpoint: its chunks, and for each tensor which of them it lies in, and where in its file."""
@@ -77,7 +94,10 @@ class _Chunk:
 
 
 def file_homes(
-    checkpoint: Checkpoint, units: Mapping[str, Sequence[str]], driver: Driver, owner: str, host_budget: int | None
+    checkpoint: Checkpoint,
+    units: Mapping[str, Sequence[str]],
+    memory: Memory,
+    progress: Progress | None = None,
 ) -> FileHomes:
     """Cut a checkpoint into chunks, none mapped yet.
 
@@ -89,6 +109,7 @@ def file_homes(
         All of it is more than the machine may pin.
     """
     unit_of = {name: unit for unit, names in units.items() for name in names}
+    driver, told = open_driver(memory.device), Told(progress)
     found = FileHomes([], {}, {})
     for shard in checkpoint.shards():
         check_mappable(driver, shard.path)
@@ -98,7 +119,9 @@ def file_homes(
         # A file of empty tensors still gives them an address: that of its header.
         chunks = list(_chunks(full, unit_of))
         for chunk in chunks or [_Chunk([_Extent("", 0, 8)])]:
-            home = _home(chunk, watch, driver, owner, host_budget)
+            told.total += chunk.end - chunk.start // _PAGE * _PAGE
+            make = partial(_map, watch, chunk.start, chunk.end - chunk.start, driver, memory, told)
+            home = Home(chunk.end - chunk.start, make, watch.check_unchanged, in_file=True, file_offset=chunk.start)
             found.homes.append(home)
             found.nbytes += aligned(chunk.end, _PAGE) - chunk.start // _PAGE * _PAGE
             for extent in chunk.extents if chunks else ():
@@ -108,7 +131,7 @@ def file_homes(
             if not extent.nbytes:
                 # Any address does, but an aligned one: that of the first page.
                 found.of_name[extent.name] = found.homes[-1], -(found.homes[-1].file_offset % _PAGE)
-    check_pinning(found.nbytes, driver, host_budget)
+    check_pinning(found.nbytes, driver, memory.host_budget)
     return found
 
 
@@ -128,18 +151,12 @@ def _chunks(extents: Sequence[_Extent], unit_of: Mapping[str, str]) -> Iterator[
         yield chunk
 
 
-def _home(chunk: _Chunk, watch: Watch, driver: Driver, owner: str, host_budget: int | None) -> Home:
-    nbytes = chunk.end - chunk.start
-    make = partial(_map, watch, chunk.start, nbytes, driver, owner, host_budget)
-    return Home(nbytes, make, watch.check_unchanged, in_file=True, file_offset=chunk.start)
-
-
-def _map(
-    watch: Watch, start: int, nbytes: int, driver: Driver, owner: str, host_budget: int | None
-) -> tuple[HostBuffer, int]:
+def _map(watch: Watch, start: int, nbytes: int, driver: Driver, memory: Memory, told: Told) -> tuple[HostBuffer, int]:
     watch.check_unchanged()
-    with owned_by(owner):
-        block, shift = map_file_range(watch.path, watch.descriptor, start, nbytes, driver, host_budget=host_budget)
+    with owned_by(memory.owner):
+        block, shift = map_file_range(
+            watch.path, watch.descriptor, start, nbytes, driver, host_budget=memory.host_budget, done=told
+        )
     return HostBuffer(block), shift
 
 
@@ -149,10 +166,11 @@ def mapped_contents(
     memory: Memory,
     wanted: Mapping[str, TensorSpec],
     device_views: Iterable[str],
+    progress: Progress | None,
 ) -> Contents:
     """The homes of a checkpoint's tensors in its own files, none mapped yet; refuses what a consumer cannot use."""
-    driver, specs = open_driver(memory.device), checkpoint.specs
-    found = file_homes(checkpoint, units, driver, memory.owner, memory.host_budget)
+    specs = checkpoint.specs
+    found = file_homes(checkpoint, units, memory, progress)
     check_fits(checkpoint.path, found, specs, wanted, device_views)
     of_unit = {unit: unit_region(names, specs, found) for unit, names in units.items()}
     return Contents(specs, found.homes, found.of_name, of_unit)

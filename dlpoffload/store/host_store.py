@@ -227,7 +227,7 @@ class HostStore(StoredTensors):
         host_budget
             See `HostBuffer.allocate`. Pinned pages of files count in full.
         background, progress
-            See `allocate`; without `background` progress is told on this thread.
+            See `allocate`. Progress is told of pieces of at most 256 MiB, on the thread that maps them.
 
         Raises
         ------
@@ -243,19 +243,15 @@ class HostStore(StoredTensors):
         memory = Memory.checked(device, f'HostStore.map_file "{path}"', "never", "transparent", None, host_budget)
         with open_checkpoint(Path(path)) as checkpoint:
             checked = checked_units(checkpoint.specs, units)
-            contents = mapped_contents(checkpoint, checked, memory, specs or {}, device_views)
+            contents = mapped_contents(checkpoint, checked, memory, specs or {}, device_views, progress)
         store = cls(contents, checked, memory)
         if background:
-            store._pin(progress)
+            store._pin(None)
             return store
         with ExitStack() as undo:
             undo.callback(store._discard)
-            total, done = sum(home.nbytes for home in store._homes), 0
             for home in store._homes:
                 home.open()
-                done += home.nbytes
-                if progress is not None:
-                    progress(done, total)
             undo.pop_all()
         return store
 

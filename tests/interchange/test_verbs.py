@@ -55,6 +55,7 @@ ALIASING = {
     "HostStore.close": NO_BYTES,
     "View.view": ALWAYS,
     "View.memoryview": ALWAYS,
+    "View.unguarded": ALWAYS,
     "view_of": ALWAYS,
     "plan": NO_BYTES,
 }
@@ -183,6 +184,10 @@ class Maker:
     def view_view(self) -> Pair:
         view = self.host().host_view((NBYTES,), "uint8")
         return raw(view), raw(view.view((4, 4), "float32"))
+
+    def view_unguarded(self) -> Pair:
+        buffer = self.host()
+        return buffer.memoryview(), raw(buffer.host_view((NBYTES,), "uint8").unguarded())
 
     def view_memoryview(self) -> Pair:
         buffer = self.host()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import gc
 import json
+import mmap
 import os
 import struct
 import subprocess
@@ -16,7 +19,18 @@ from typing import Any
 
 import pytest
 
-from dlpoffload import HostBuffer, HostStore, SlotRing, TensorSpec, View, lifetime, live_buffers, pinned_nbytes
+from dlpoffload import (
+    HostBuffer,
+    HostStore,
+    SlotRing,
+    TensorSpec,
+    View,
+    _native,
+    filemap,
+    lifetime,
+    live_buffers,
+    pinned_nbytes,
+)
 from dlpoffload.driver import installed, open_driver
 from dlpoffload.driver.cpu import CpuDriver
 from dlpoffload.errors import (
@@ -391,12 +405,97 @@ def test_more_than_the_budget_is_refused_before_anything_is_mapped(file: tuple[P
     HostStore.map_file(path, device="cpu", host_budget=pinned_nbytes() + 64 * PAGE).close()
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_no_permission(file: tuple[Path, dict[str, Any]]) -> None:
+def test_no_permission(file: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     path, _ = file
+    for folder in (tmp_path, *tmp_path.parents[:-2]):
+        folder.chmod(0o755)
     path.chmod(0)
-    with pytest.raises(CheckpointError, match="cannot be opened"):
-        HostStore.map_file(path, device="cpu")
+    code = """
+        import os, sys
+        from dlpoffload import HostStore
+        if os.geteuid() == 0:
+            import safetensors.numpy, dlpoffload.store.host_store  # before the right to read is given up
+            os.setegid(65534)
+            os.seteuid(65534)
+        try:
+            HostStore.map_file(sys.argv[1], device="cpu")
+        except dlpoffload.errors.CheckpointError as error:
+            print(error)
+    """
+    run = child(code.replace("import os, sys", "import os, sys, dlpoffload.errors"), str(path))
+    assert "cannot be opened: Permission denied" in run.stdout, run.stderr
+
+
+def resident(path: Path) -> float:
+    """The share of a file's pages that is in the page cache."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with path.open("rb") as opened, mmap.mmap(opened.fileno(), 0, prot=mmap.PROT_READ) as mapping:
+        vector = (ctypes.c_ubyte * (-(-len(mapping) // PAGE)))()
+        pointer = _native.buffer_pointer(mapping)
+        assert libc.mincore(ctypes.c_void_p(pointer), ctypes.c_size_t(len(mapping)), vector) == 0
+        return sum(page & 1 for page in vector) / len(vector)
+
+
+@pytest.mark.parametrize("kernel", ["of today", "before 5.14"])
+def test_a_cold_file_is_read_first(tmp_path: Path, rng: Any, monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
+    tensors = random_tensors(rng, {"a": (9 << 20,)}, "u1")
+    path = write_at(tmp_path / "x.safetensors", tensors)
+    with path.open("rb") as opened:
+        os.fsync(opened.fileno())
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if resident(path) > 0.5:
+        pytest.skip("this file system does not drop its pages")
+    if kernel != "of today":
+
+        def unknown(*_: Any, **__: Any) -> None:
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+        monkeypatch.setattr(_native, "populate", unknown)
+    monkeypatch.setattr(filemap, "_PIECE_NBYTES", 4 << 20)
+    seen: list[tuple[int, int, float]] = []
+
+    def progress(done: int, total: int) -> None:
+        seen.append((done, total, resident(path)))
+
+    class Checking(CpuDriver):
+        def host_register(self, pointer: int, nbytes: int, *, read_only: bool = False) -> None:
+            assert resident(path) == 1.0, "the driver would read the file page by page"
+            super().host_register(pointer, nbytes, read_only=read_only)
+
+    with installed(Checking()), HostStore.map_file(path, device="cpu", progress=progress) as store:
+        assert stored(store) == raw(tensors)
+    assert len(seen) == 3
+    assert seen[-1][0] == seen[-1][1]
+    assert seen[0][2] >= 0.4
+
+
+def test_a_hundred_thousand_tensors(tmp_path: Path) -> None:
+    count = 100_000
+    header = {f"t{n}": {"dtype": "U8", "shape": [8], "data_offsets": [8 * n, 8 * n + 8]} for n in range(count)}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(struct.pack("<Q", len(text)) + text + np.arange(count, dtype="u8").tobytes())
+    with HostStore.map_file(path, units={"u": [f"t{n}" for n in range(0, count, 2)]}, device="cpu") as store:
+        assert len(store) == count
+        for n in (0, 1, 77_777, count - 1):
+            assert int.from_bytes(bytes(store.host_view(f"t{n}").memoryview()), "little") == n
+        assert len(store.slab("u").copies()) == 1
+        assert store.pinned_nbytes < 8 * count + len(text) + PAGE
+
+
+def test_jax_takes_mapped_weights_that_it_is_trusted_with(tmp_path: Path, rng: Any, jax: ModuleType) -> None:
+    tensors = random_tensors(rng, {"a": (64, 64)})
+    path = write_at(tmp_path / "x.safetensors", tensors, 64)
+    with HostStore.map_file(path, device="cpu") as store:
+        view = store.host_view("a")
+        with pytest.raises(Exception, match=r"unguarded|read-only"):
+            jax.dlpack.from_dlpack(view, device=jax.devices("cpu")[0])
+        array = jax.dlpack.from_dlpack(view.unguarded(), device=jax.devices("cpu")[0])
+        assert array.unsafe_buffer_pointer() == view.host_pointer
+        assert np.asarray(array).tobytes() == tensors["a"].tobytes()
+        del array, view
+        gc.collect()
 
 
 # ---------------------------------------------------------------------------------- a file that changes
