@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import contextvars
+import os
 import threading
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Literal
 
@@ -37,10 +40,12 @@ class Background:
         self._error: BaseException | None = None
         self._ended = False
         context = contextvars.copy_context()  # whom the memory is accounted to
+        self._pid = os.getpid()
         self._thread = threading.Thread(target=context.run, args=(self._run,), name="dlpoffload-pin", daemon=True)
 
     def start(self) -> None:
         """Let the thread begin."""
+        _running.add(self)
         self._thread.start()
 
     @property
@@ -78,6 +83,8 @@ class Background:
             What the thread failed with.
         """
         wanted = self.nbytes if nbytes is None else min(nbytes, self.nbytes)
+        if self._pid != os.getpid() and self._done_nbytes < wanted:
+            raise ClosedError("a forked child has no thread that pins; allocate in the child, or wait before the fork")
         with self._changed:
             if not self._changed.wait_for(lambda: self._ended or self._done_nbytes >= wanted, timeout_s):
                 return False
@@ -92,7 +99,7 @@ class Background:
 
     def join(self) -> None:
         """Block until the thread has ended, however it did."""
-        if self._thread is not threading.current_thread():
+        if self._thread is not threading.current_thread() and self._pid == os.getpid():
             self._thread.join()
 
     def _run(self) -> None:
@@ -115,3 +122,17 @@ class Background:
             with self._changed:
                 self._ended = True
                 self._changed.notify_all()
+
+
+_running: weakref.WeakSet[Background] = weakref.WeakSet()
+
+
+def _stop_all() -> None:
+    """End every thread before the interpreter ends, and the driver with it."""
+    for background in list(_running):
+        background.cancel()
+    for background in list(_running):
+        background.join()
+
+
+atexit.register(_stop_all)

@@ -25,6 +25,7 @@ from .registrations import (
     pinned_file_nbytes,
     pinned_nbytes,
     registrations,
+    stuck,
 )
 from .spec import format_nbytes
 from .wall import check_wall
@@ -141,8 +142,10 @@ def register(pointer: int, nbytes: int, driver: Driver, *, read_only: bool, acce
         used, read_only = _pin(pointer, nbytes, driver, read_only or access is Access.READ_ONLY, access)
 
     def release() -> None:
+        stuck[id(kept)] = kept  # what is registered must not be freed
         with lifetime.lock:
             registrations.release(used)
+        del stuck[id(kept)]
         kept.clear()
 
     return pinned_block(pointer, nbytes, driver, used, release, read_only=read_only)

@@ -18,7 +18,7 @@ from .blocks import Block, check_pinning, pinned_block
 from .driver import Driver
 from .errors import RegistrationError
 from .pages import populate_threads
-from .registrations import registrations
+from .registrations import registrations, stuck
 
 __all__ = ["check_mappable", "map_file_range"]
 
@@ -26,8 +26,6 @@ _PAGE: Final = mmap.PAGESIZE
 _PIECE_NBYTES: Final = 256 << 20
 _READ_NBYTES: Final = 4 << 20
 _REMEDY: Final = "read it with HostStore.copy_of"
-
-_stuck: list[mmap.mmap] = []
 
 
 def check_mappable(driver: Driver, path: Path) -> None:
@@ -86,19 +84,22 @@ def map_file_range(
     try:
         with lifetime.lock:
             used = registrations.acquire(pointer, pointer + length, driver, read_only=True, in_page_cache=True)
-    except RegistrationError as error:
+    except BaseException as error:
         if registrations.touching(pointer, pointer + length, driver):
-            _stuck.append(mapping)  # the driver would not take a registration back: it must not be unmapped
+            stuck[id(mapping)] = mapping
+        if not isinstance(error, RegistrationError):
+            raise
         raise RegistrationError(
             f'"{path}" is mapped, but {driver.device} cannot pin its pages (not every file system lets them be '
             f"pinned): {error}; {_REMEDY}"
         ) from error
-    kept = [mapping]
 
     def release() -> None:
+        stuck[id(mapping)] = mapping  # what is registered must not be unmapped
         with lifetime.lock:
             registrations.release(used)
-        kept.clear()  # unmaps; only now: what is registered must not be mapped anew
+        del stuck[id(mapping)]
+        mapping.close()
 
     return pinned_block(pointer, length, driver, used, release, kind="mapped file", read_only=True), byte_offset - start
 

@@ -19,6 +19,7 @@ __all__ = [
     "pinned_file_nbytes",
     "pinned_nbytes",
     "registrations",
+    "stuck",
     "uncrossed",
 ]
 
@@ -109,6 +110,9 @@ def _gaps(start: int, end: int, held: list[Registration]) -> Iterator[tuple[int,
 
 
 registrations: Final = _Registrations()
+
+stuck: Final[dict[int, object]] = {}
+"""What holds memory that the driver would not unregister, by id: it must not be unmapped while the process lives."""
 # What the parent registered is not registered in a child.
 os.register_at_fork(after_in_child=registrations.ranges.clear)
 

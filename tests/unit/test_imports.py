@@ -19,7 +19,18 @@ PACKAGE = Path(dlpoffload.__file__).parent
 VALUES = {"errors", "spec"}
 DRIVERS = VALUES | {"limits", "driver"}
 PINNING = DRIVERS | {"maps", "lifetime", "pages", "registrations", "wall", "blocks"}
-MEMORY = PINNING | {"accounting", "background", "chunked", "copies", "view", "producers", "buffer", "filemap", "memory"}
+MEMORY = PINNING | {
+    "accounting",
+    "background",
+    "chunked",
+    "copies",
+    "labels",
+    "view",
+    "producers",
+    "buffer",
+    "filemap",
+    "memory",
+}
 ADAPTER = MEMORY | {"slab", "checkpoint", "store", "planning", "transfer"}
 
 ALLOWED: dict[str, set[str]] = {
@@ -37,7 +48,8 @@ ALLOWED: dict[str, set[str]] = {
     "background": VALUES,
     "chunked": PINNING | {"_native", "background"},
     "filemap": PINNING | {"_native"},
-    "view": DRIVERS | {"_native", "lifetime", "blocks", "copies"},
+    "labels": VALUES,
+    "view": DRIVERS | {"_native", "lifetime", "blocks", "copies", "labels"},
     "copies": DRIVERS | {"_native", "registrations", "blocks"},
     "producers": DRIVERS | {"_native", "lifetime", "view"},
     "buffer": DRIVERS | {"background", "lifetime", "blocks", "view"},

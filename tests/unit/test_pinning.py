@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import gc
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -348,6 +350,34 @@ def test_a_cancelled_copy_reads_the_rest_when_it_is_used(slow: Slow, tmp_path: P
     store.close()
     with pytest.raises(SpecError, match="background=True reads a path"):
         HostStore.copy_of(tensors, device="cpu", background=True)
+
+
+@pytest.mark.parametrize("end", ["sys.exit(3)", "os.kill(os.getpid(), signal.SIGINT); time.sleep(20)", "forked()"])
+def test_the_process_ends_while_it_pins(end: str) -> None:
+    code = f"""
+import os, signal, sys, time
+import dlpoffload as dlpo
+
+def forked():
+    pid = os.fork()
+    if pid == 0:
+        try:
+            buffer.pinning.wait()
+        except dlpo.ClosedError:
+            os._exit(0)
+        os._exit(1)
+    sys.exit(3 + os.waitpid(pid, 0)[1])
+
+buffer = dlpo.HostBuffer.allocate("2GiB", device="cpu", background=True, chunk_nbytes="16MiB")
+buffer.pinning.wait(1)
+{end}
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(pages.__file__).parents[1])}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert run.returncode in (3, -2), run.stderr
+    assert "Fatal" not in run.stderr
 
 
 # ---------------------------------------------------------------------------------------------- the budget

@@ -352,14 +352,14 @@ def test_what_stays_registered_is_not_unmapped(
         HostStore.map_file(path, device="cpu")
     assert "model.safetensors" in Path("/proc/self/maps").read_text(), "registered memory was unmapped"
     # What a process would keep for good; the tests that follow start without it.
-    from dlpoffload import filemap, registrations
+    from dlpoffload import registrations
 
     driver.keep = False
     with lifetime.lock:
         for registration in [r for r in registrations.registrations.ranges if r.driver is driver]:
             registration.count = 1
             registrations.registrations.release([registration])
-    filemap._stuck.clear()
+    registrations.stuck.clear()
 
 
 def test_what_the_consumer_wants_otherwise(file: tuple[Path, dict[str, Any]]) -> None:
