@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 from .errors import AliasError
 from .memory import HostBuffer
-from .spec import TensorSpec
+from .spec import ALIGNMENT, TensorSpec
 from .view import Label, View
 
 __all__ = ["GAP_NBYTES", "Copy", "Place", "Places", "Slab"]
@@ -139,6 +140,11 @@ class Slab:
         if self.places is None:
             return self.buffer.read_only
         return any(place.buffer.read_only for place in self.places.of.values())
+
+    @property
+    def alignment(self) -> int:
+        """Bytes of which every tensor starts on a multiple in a slot: 256, or less (never below 16) of a mapped file."""
+        return math.gcd(ALIGNMENT, *(self.byte_offsets[name] for name, spec in self.specs.items() if spec.nbytes))
 
     def copies(self, byte_offset: int = 0, nbytes: int | None = None) -> list[Copy]:
         """The copies that fill a range of the unit's slot, the whole by default; none crosses two registrations.

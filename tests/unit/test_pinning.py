@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import mmap
 import os
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 
 import dlpoffload as dlpo
-from dlpoffload import HostBuffer, HostStore, TensorSpec, _native, blocks, lifetime, pages, wall
+from dlpoffload import HostBuffer, HostStore, TensorSpec, _native, blocks, lifetime, pages, registrations, wall
 from dlpoffload.driver import installed
 from dlpoffload.driver.cpu import CpuDriver
 from dlpoffload.errors import AliasError, ClosedError, HostMemoryError, RegistrationError, SpecError
@@ -411,6 +412,25 @@ def test_pinned_pages_of_files_are_not_free_though_the_kernel_says_so() -> None:
     check_host_budget(5 * GIB, limits)
     with pytest.raises(HostMemoryError, match=r"5\.00 GiB\) are pages of files that this process has pinned"):
         check_host_budget(5 * GIB, limits, pinned_file_nbytes=5 * GIB)
+
+
+def test_a_mapped_file_is_charged_in_full_when_it_is_registered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(4 * MIB))
+    poor = replace(host_limits(), mem_total_nbytes=64 * MIB, mem_available_nbytes=3 * MIB, cgroups=())
+    with path.open("rb") as opened:
+        mapping = mmap.mmap(opened.fileno(), 0, mmap.MAP_SHARED, mmap.PROT_READ)
+    file_before = registrations.pinned_file_nbytes()
+    with HostBuffer.register(mapping, device="cpu"):
+        assert registrations.pinned_file_nbytes() - file_before == 4 * MIB
+    with HostBuffer.register(bytearray(4 * MIB), device="cpu"):
+        assert registrations.pinned_file_nbytes() == file_before
+    monkeypatch.setattr(blocks, "host_limits", lambda: poor)
+    with pytest.raises(HostMemoryError):
+        HostBuffer.register(mapping, device="cpu")
+    HostBuffer.register(bytearray(4 * MIB), device="cpu").close()  # exists already: nothing new is taken
 
 
 def test_a_reserve_is_left_to_the_system() -> None:

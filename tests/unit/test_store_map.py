@@ -190,8 +190,19 @@ def test_tensors_that_would_be_left_unaligned_are_copies_of_their_own(tmp_path: 
     with HostStore.map_file(path, units={"u": list(tensors)}, device=device) as store:
         slab = store.slab("u")
         assert all(offset % 16 == 0 for offset in slab.byte_offsets.values())
+        assert slab.alignment == 256
         assert len(slab.copies()) == 3  # a and odd; b and c, which are 9 bytes off; d
         assert staged(store, device, "error")[0]["u"] == raw(tensors)
+
+
+def test_what_has_most_bytes_is_aligned_best(tmp_path: Path, rng: Any) -> None:
+    tensors = random_tensors(rng, {"bias": (48,), "weight": (4096,), "other": (16,)}, "u1")
+    path = write_at(tmp_path / "x.safetensors", tensors, 8)
+    with HostStore.map_file(path, units={"u": list(tensors)}, device="cpu") as store:
+        slab = store.slab("u")
+        assert slab.byte_offsets == {"bias": 256 - 48, "weight": 256, "other": 256 + 4096}
+        assert (slab.alignment, len(slab.copies())) == (16, 1)
+        assert staged(store, "cpu", "error")[0]["u"] == raw(tensors)
 
 
 def test_units_whose_tensors_are_not_adjacent(tmp_path: Path, rng: Any, device: str) -> None:
