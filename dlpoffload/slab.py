@@ -143,7 +143,7 @@ class Slab:
 
     @property
     def alignment(self) -> int:
-        """Bytes of which every tensor starts on a multiple in a slot: 256, or less (never below 16) of a mapped file."""
+        """Bytes of which every tensor starts on a multiple in a slot: 256; of a mapped file also less, at least 16."""
         return math.gcd(ALIGNMENT, *(self.byte_offsets[name] for name, spec in self.specs.items() if spec.nbytes))
 
     def copies(self, byte_offset: int = 0, nbytes: int | None = None) -> list[Copy]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NoReturn
 
+from ..errors import ClosedError
 from ..memory import HostBuffer
 from ..slab import Place, Places, Slab
 from ..spec import TensorSpec
@@ -16,6 +17,10 @@ __all__ = ["Contents", "Home", "Region"]
 
 def _nothing() -> None:
     """Anonymous memory changes under nobody."""
+
+
+def _gone() -> NoReturn:
+    raise ClosedError("this tensor's memory was closed with its store; make a new one")
 
 
 class Home:
@@ -56,7 +61,7 @@ class Home:
     @classmethod
     def of(cls, buffer: HostBuffer) -> Home:
         """The home of one tensor in a buffer of its own."""
-        home = cls(buffer.nbytes, lambda: (buffer, 0))
+        home = cls(buffer.nbytes, _gone)
         home.buffer = buffer
         return home
 

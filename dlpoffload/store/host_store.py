@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from ..background import Background
 from ..checkpoint import Progress, open_checkpoint
-from ..errors import AliasError, RegistrationError, SpecError
+from ..errors import AliasError, HostMemoryError, RegistrationError, SpecError
 from ..pages import HugePages
 from ..spec import TensorSpec
 from .files import mapped_contents
@@ -265,6 +265,7 @@ class HostStore(StoredTensors):
         device: str | int | None = None,
         specs: Mapping[str, TensorSpec] | None = None,
         device_views: Iterable[str] = (),
+        pageable: Pageable = "never",
         host_budget: int | str | None = None,
         background: bool = False,
         progress: Progress | None = None,
@@ -277,6 +278,8 @@ class HostStore(StoredTensors):
             ``"map"``, ``"copy"``, or ``"auto"``: map, and copy what cannot be mapped.
         units, device, specs, device_views, host_budget, background, progress
             See `map_file`. A copy has the file's dtypes, too: `specs` only bears on mapping.
+        pageable
+            See `allocate`; for a copy. With ``"if_refused"`` a copy is also made for want of memory that can be pinned.
 
         Raises
         ------
@@ -287,8 +290,10 @@ class HostStore(StoredTensors):
         """
         if mode not in ("map", "copy", "auto"):
             raise SpecError(f'mode={mode!r}; use "map", "copy" or "auto"')
+        if mode == "map" and pageable != "never":
+            raise SpecError('mode="map" pins or fails, so pageable= has no effect; leave it out')
         because = "asked for"
-        if mode != "copy":
+        if mode != "copy" and pageable != "always":
             try:
                 store = cls.map_file(
                     path,
@@ -300,15 +305,21 @@ class HostStore(StoredTensors):
                     background=background,
                     progress=progress,
                 )
-            except (RegistrationError, AliasError) as error:
-                if mode == "map":
+            except (RegistrationError, AliasError, HostMemoryError) as error:
+                if mode == "map" or (isinstance(error, HostMemoryError) and pageable == "never"):
                     raise
                 because = str(error)
             else:
                 store.because = "asked for" if mode == "map" else "it can be mapped, which costs no second copy"
                 return store
         store = cls.copy_of(
-            path, units=units, device=device, host_budget=host_budget, background=background, progress=progress
+            path,
+            units=units,
+            device=device,
+            pageable=pageable,
+            host_budget=host_budget,
+            background=background,
+            progress=progress,
         )
         store.because = because
         return store

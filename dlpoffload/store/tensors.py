@@ -361,6 +361,8 @@ class StoredTensors:
         self._stop()
         with self._lock:
             self._closed = True
+            for region in self._of_unit.values():
+                region.places = None  # which hold the buffers
             for home in reversed(self._homes):
                 if (buffer := home.take()) is not None:
                     with suppress(ClosedError):

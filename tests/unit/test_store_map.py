@@ -405,6 +405,19 @@ def test_modes_by_name(file: tuple[Path, dict[str, Any]]) -> None:
         HostStore.open(path, mode="maybe", device="cpu")  # type: ignore[arg-type]
     with installed(Refusing()), pytest.raises(RegistrationError):
         HostStore.open(path, mode="map", device="cpu")
+    with pytest.raises(SpecError, match="no effect"):
+        HostStore.open(path, mode="map", device="cpu", pageable="if_refused")
+
+
+def test_what_cannot_be_pinned_for_want_of_memory(file: tuple[Path, dict[str, Any]]) -> None:
+    path, tensors = file
+    budget = pinned_nbytes() + PAGE
+    with pytest.raises(HostMemoryError):
+        HostStore.open(path, device="cpu", host_budget=budget)
+    with HostStore.open(path, device="cpu", host_budget=budget, pageable="if_refused") as store:
+        assert (store.mode, stored(store)) == ("copy", raw(tensors))
+        assert "host_budget" in store.because
+        assert "host_budget" in store.pageable_because
 
 
 def test_more_than_the_budget_is_refused_before_anything_is_mapped(file: tuple[Path, dict[str, Any]]) -> None:
@@ -678,6 +691,33 @@ def test_a_unit_without_a_slot_is_mapped_by_name_only(file: tuple[Path, dict[str
             assert all(view.read_only for view in views.values())
             assert bytes(HostBuffer.copy_of(views["1.w"], device=device).memoryview()) == tensors["1.w"].tobytes()
             assert ring.stats.mapped_runs == 1
+
+
+def test_a_store_that_is_left_under_views_is_freed_with_them(file: tuple[Path, dict[str, Any]]) -> None:
+    path, tensors = file
+    before = live_buffers()
+    views: list[View] = []
+    store = HostStore.map_file(path, units=UNITS, device="cpu")
+
+    def leave() -> None:
+        with store:
+            store.slab("0").copies()
+            store.update("0.b", tensors["1.b"])
+            views.extend([store.host_view("0.w"), store.host_view("0.b")])
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        leave()
+    assert bytes(views[0].memoryview()) == tensors["0.w"].tobytes()
+    assert len(live_buffers()) == len(before) + 2
+    views.clear()
+    gc.collect()
+    lifetime.drain()
+    assert live_buffers() == before, "the closed store holds what it should not"
+    with pytest.raises(ClosedError):
+        store.host_view("0.b")
+    with pytest.raises(ClosedError):
+        store.slab("0")
 
 
 def test_a_store_dropped_under_views_lives_on(file: tuple[Path, dict[str, Any]]) -> None:
