@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Final
 
 from . import _native, lifetime
 from .background import Background, Progress
@@ -16,7 +17,7 @@ from .spec import format_nbytes
 
 __all__ = ["allocate_chunked"]
 
-_WHOLE: int = 2 << 20
+_WHOLE: Final = 2 << 20
 
 
 def allocate_chunked(

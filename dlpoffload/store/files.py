@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Final
 
@@ -138,15 +139,17 @@ def file_homes(
 def _chunks(extents: Sequence[_Extent], unit_of: Mapping[str, str]) -> Iterator[_Chunk]:
     """Cut between tensors, at most 1 GiB each unless one tensor, or one unit, is larger."""
     chunk = _Chunk()
-    for extent in extents:
-        if chunk.extents:
-            nbytes = extent.end - chunk.start
-            before = unit_of.get(chunk.extents[-1].name)
-            together = before is not None and before == unit_of.get(extent.name)
-            if nbytes > (MAX_REGISTRATION if together else _CHUNK_NBYTES):
+    for unit, neighbours in groupby(extents, lambda extent: unit_of.get(extent.name)):
+        run = list(neighbours)
+        for part in [run] if unit is not None else [[extent] for extent in run]:
+            if chunk.extents and part[-1].end - chunk.start > _CHUNK_NBYTES:
                 yield chunk
                 chunk = _Chunk()
-        chunk.extents.append(extent)
+            for extent in part:
+                if chunk.extents and extent.end - chunk.start > MAX_REGISTRATION:
+                    yield chunk
+                    chunk = _Chunk()
+                chunk.extents.append(extent)
     if chunk.extents:
         yield chunk
 

@@ -264,6 +264,34 @@ def test_chunks_are_cut_between_tensors_and_no_copy_crosses_two(
             store.device_view(name, read_only=True) if name not in store.unaligned else None
 
 
+@pytest.mark.parametrize(
+    ("units", "chunks"),
+    [
+        ({}, [["a", "b"], ["c", "d"], ["e"]]),
+        ({"u": "bcd"}, [["a"], ["b", "c", "d"], ["e"]]),  # in one piece, though larger than a chunk
+        ({"u": "bc"}, [["a"], ["b", "c"], ["d", "e"]]),  # not begun where it does not end
+        ({"u": "abcde"}, [["a", "b", "c", "d"], ["e"]]),  # larger than a registration may be
+        ({"u": "ac"}, [["a", "b"], ["c", "d"], ["e"]]),
+    ],
+)
+def test_where_chunks_are_cut(
+    tmp_path: Path, rng: Any, monkeypatch: pytest.MonkeyPatch, units: dict[str, str], chunks: list[list[str]]
+) -> None:
+    monkeypatch.setattr(files, "_CHUNK_NBYTES", 2 * PAGE)
+    monkeypatch.setattr(files, "MAX_REGISTRATION", 4 * PAGE)
+    tensors = random_tensors(rng, dict.fromkeys("abcde", (PAGE,)), "u1")
+    path = write_at(tmp_path / "x.safetensors", tensors, 16)
+    with HostStore.map_file(path, units=units, device="cpu") as store:
+        found: dict[int, list[str]] = {}
+        for name in store:
+            found.setdefault(id(store._of_name[name][0]), []).append(name)
+        assert list(found.values()) == chunks
+        assert stored(store) == raw(tensors)
+        if units:
+            (staged_unit,) = staged(store, "cpu", "error")[0].values()
+            assert staged_unit == {name: tensors[name].tobytes() for name in units["u"]}
+
+
 def test_zero_byte_tensors_scalars_and_many(tmp_path: Path) -> None:
     tensors = {f"t{n}": np.full((n % 3,), n, "f4") for n in range(2000)} | {"s": np.float32(3).reshape(())}
     path = write_at(tmp_path / "x.safetensors", tensors, 8)
