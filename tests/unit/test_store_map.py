@@ -281,7 +281,7 @@ def test_where_chunks_are_cut(
     monkeypatch.setattr(files, "MAX_REGISTRATION", 4 * PAGE)
     tensors = random_tensors(rng, dict.fromkeys("abcde", (PAGE,)), "u1")
     path = write_at(tmp_path / "x.safetensors", tensors, 16)
-    with HostStore.map_file(path, units=units, device="cpu") as store:
+    with HostStore.map_file(path, units={u: list(n) for u, n in units.items()}, device="cpu") as store:
         found: dict[int, list[str]] = {}
         for name in store:
             found.setdefault(id(store._of_name[name][0]), []).append(name)
