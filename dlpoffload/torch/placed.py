@@ -71,11 +71,11 @@ class Placed:
             slots = [empty_bytes(decided.slot_nbytes, self.device) for _ in range(decided.slots)]
             for entry in entries:
                 self._place(entry)
+            self._relabel()
             if decided.streamed_units:
                 self._stage(slots)
             for member in self.offloaded():
                 watch(member.tensor)
-            self._relabel()
         except BaseException:
             self.undo()
             raise
