@@ -207,6 +207,11 @@ class CudaDriver:
         finally:
             self._call(call, former)
 
+    def _relaxed(self, call: str, *arguments: Any) -> Any:
+        """Call what would break a capture on another thread, though it has nothing to do with it: memory's calls."""
+        with self.relaxed():
+            return self._call(call, *arguments)
+
     def synchronize(self) -> None:
         self._call("cuCtxSynchronize")
 
@@ -238,7 +243,7 @@ class CudaDriver:
         if nbytes <= 0:
             raise refusals.invalid_nbytes(call, nbytes)
         try:
-            return int(self._call(call, nbytes, _PORTABLE | _DEVICEMAP))
+            return int(self._relaxed(call, nbytes, _PORTABLE | _DEVICEMAP))
         except CudaError as cause:
             if not refusals.is_refusal(cause):
                 raise
@@ -246,12 +251,12 @@ class CudaDriver:
             raise refusals.host_memory_refused(cause, nbytes, limits.binding_limit, limits.available_nbytes) from cause
 
     def host_free(self, pointer: int) -> None:
-        self._call("cuMemFreeHost", pointer)
+        self._relaxed("cuMemFreeHost", pointer)
 
     def host_register(self, pointer: int, nbytes: int, *, read_only: bool = False) -> None:
         flags = _PORTABLE | _DEVICEMAP | (_READ_ONLY if read_only else 0)
         try:
-            self._call("cuMemHostRegister", pointer, nbytes, flags)
+            self._relaxed("cuMemHostRegister", pointer, nbytes, flags)
         except CudaError as cause:
             if not refusals.is_refusal(cause):
                 raise
@@ -259,7 +264,7 @@ class CudaDriver:
 
     def host_unregister(self, pointer: int) -> None:
         try:
-            self._call("cuMemHostUnregister", pointer)
+            self._relaxed("cuMemHostUnregister", pointer)
         except CudaError as cause:
             if not refusals.is_refusal(cause):
                 raise
@@ -294,7 +299,7 @@ class CudaDriver:
         if nbytes <= 0:
             raise refusals.invalid_nbytes(call, nbytes)
         try:
-            return int(self._call(call, nbytes))
+            return int(self._relaxed(call, nbytes))
         except CudaError as cause:
             if not refusals.is_refusal(cause):
                 raise
@@ -302,7 +307,7 @@ class CudaDriver:
             raise refusals.device_memory_refused(cause, self.device, nbytes, free, total) from cause
 
     def device_free(self, pointer: int) -> None:
-        self._call("cuMemFree", pointer)
+        self._relaxed("cuMemFree", pointer)
 
     # ------------------------------------------------------------------------------- streams and events
     def stream_create(self) -> int:

@@ -76,7 +76,10 @@ class Driver(Protocol):
         ...
 
     def relaxed(self) -> AbstractContextManager[None]:
-        """Let this thread make background calls (unregister, query) while another thread captures a graph."""
+        """Let this thread wait for events and query them while another thread captures a graph.
+
+        Calls that allocate, register and free memory do so by themselves.
+        """
         ...
 
     def synchronize(self) -> None:

@@ -320,13 +320,15 @@ def test_a_capture_has_a_number_and_takes_in_the_streams_that_join_it(cuda_drive
         cuda_driver.event_destroy(join)
 
 
-def test_relaxed_calls_in_the_background_leave_a_capture_whole(cuda_driver: Driver) -> None:
+def test_calls_in_the_background_leave_a_capture_whole(cuda_driver: Driver) -> None:
     pages = Pages(PAGE)
 
     def background() -> bool:
+        cuda_driver.host_register(pages.pointer, PAGE)
+        cuda_driver.host_unregister(pages.pointer)
+        cuda_driver.host_free(cuda_driver.host_alloc(PAGE))
+        cuda_driver.device_free(cuda_driver.device_alloc(PAGE))
         with cuda_driver.relaxed():
-            cuda_driver.host_register(pages.pointer, PAGE)
-            cuda_driver.host_unregister(pages.pointer)
             return cuda_driver.event_query(outside)
 
     with cuda_driver.current(), stream(cuda_driver) as main:
