@@ -14,7 +14,7 @@ from .gradients import refuse_gradients
 from .moving import GuardedApply
 from .overrides import Overrides
 from .placed import Placed
-from .root import RootForward
+from .root import RootForward, SteppedForward
 from .staging import StagedForward
 from .state import guard_state_dicts
 from .wrapped import WrappedForward
@@ -35,7 +35,7 @@ class Installed:
         self.forwards: list[WrappedForward] = []
         if stager is not None:
             self.forwards += [StagedForward(stager, unit, m) for unit in units for m in unit.modules]
-        self.forwards.append(RootForward(placed, module))
+        self.forwards.append((RootForward if stager is None else SteppedForward)(placed, module))
         self._units = units
         self._hooks: list[RemovableHandle] = []
         self._overrides = Overrides()
