@@ -33,7 +33,7 @@ def _dispose(driver: Driver, stopwatch: Stopwatch, timelines: Timelines) -> None
     with driver.current(), driver.relaxed():
         try:
             with suppress(CudaError):  # work that failed has ended, too; `close` is where one hears of it
-                timelines.drain()
+                timelines.eager.drain()
         finally:
             stopwatch.close()
             timelines.close()
@@ -111,7 +111,7 @@ class SlotRing:
                 self._check_slot(self.slots[-1])
             with self.driver.current():
                 self._stopwatch = Stopwatch(self.driver)
-                self._timelines = Timelines(self.driver, self.slots)
+                self._timelines = Timelines(self.driver, self.slots, [slab.buffer for slab in self.slabs.values()])
         except BaseException:
             for slot in reversed(self.slots):
                 slot.buffer.close()
@@ -236,6 +236,8 @@ class SlotRing:
         with self._timed(timeline, copy_stream, slab.nbytes):
             driver.copy_async(state.slot.device_pointer, slab.host_pointer, slab.nbytes, copy_stream)
         driver.event_record(state.ready, copy_stream)
+        if timeline.capture:
+            timeline.copied[unit] = None
         timeline.events.recycle(state.readers)
         state.holds = unit
         state.last_use = next(self._uses)
@@ -336,6 +338,21 @@ class SlotRing:
         return [state for timeline in self._timelines.all() for state in timeline.states]
 
     # ---------------------------------------------------------------------------------------------- close
+    def check_uncaptured(self, what: str) -> None:
+        """Refuse what captured graphs would break by, naming them.
+
+        Raises
+        ------
+        SlotError
+            Graphs that were captured through this ring can still be replayed.
+        """
+        with self._lock, self.driver.current(), self.driver.relaxed():
+            if alive := self._timelines.replayable_now():
+                raise SlotError(
+                    f"{len(alive)} captured graphs can still be replayed into this ring's slots, so it cannot be "
+                    f"{what}: {', '.join(map(str, alive))}; drop them first (del graph), and capture again afterwards"
+                )
+
     def read_stats(self) -> TransferStats:
         """The counters, with the times of everything that has passed by now."""
         with self._lock, self.driver.current(), self.driver.relaxed():
@@ -349,7 +366,7 @@ class SlotRing:
         Raises
         ------
         SlotError
-            A unit is entered and not left.
+            A unit is entered and not left, or a captured graph can still be replayed.
         ClosedError
             Views of slots are alive.
         CudaError
@@ -366,8 +383,9 @@ class SlotRing:
             views = sum(slot.buffer.live_views for slot in self.slots)
             if views:
                 raise ClosedError(f"{views} live views of slots; drop them before the ring is closed")
+            self.check_uncaptured("closed")
             self.stats.host_waits += 1
-            self._timelines.drain()
+            self._timelines.eager.drain()
             self._stopwatch.read(self.stats)
             self._closed = True
             try:
