@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 __all__ = ["Capabilities", "Driver", "PointerInfo"]
 
@@ -44,6 +44,11 @@ class Capabilities:
     pageable_memory_access: bool
     host_page_tables: bool
     integrated: bool
+
+    @property
+    def memory(self) -> Literal["separate", "coherent", "unified"]:
+        """What host memory is to the device: whether copies to it pay."""
+        return "unified" if self.integrated else "coherent" if self.host_page_tables else "separate"
 
 
 @dataclass(frozen=True, slots=True)

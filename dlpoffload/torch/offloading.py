@@ -53,9 +53,12 @@ class Offloading:
         units = self.units
         mapped = pinned and self.driver.capabilities().map_host_memory
         chosen = self._with_loose(tree, slots) if self.stage_unmapped and not mapped else None
+        cost = self.cost
+        if cost is None and mapped:
+            cost = CostModel(memory=self.driver.capabilities().memory)
 
         def planned(units: Any) -> Plan:
-            return plan(tree, self.device_budget, units=units, slots=slots, policy=self.policy, cost=self.cost)
+            return plan(tree, self.device_budget, units=units, slots=slots, policy=self.policy, cost=cost)
 
         if former and self.policy is not all_mapped:
             with suppress(PlanError):
