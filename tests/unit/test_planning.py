@@ -557,10 +557,12 @@ def test_unified_memory_needs_no_second_copy() -> None:
 def test_fixed_placements_hold_in_coherent_memory() -> None:
     specs = {f"{i}.w": raw(512) for i in range(4)}
     policy = pattern_policy({"0.*": "device", "1.*": "host_staged"})
-    made = plan(
-        specs, 2048, units={f"{i}": [f"{i}.w"] for i in range(4)}, policy=policy, cost=CostModel(memory="coherent")
-    )
-    assert [made.placements[f"{i}.w"] for i in range(3)] == [DEVICE, STAGED, MAPPED]
+    units = {f"{i}": [f"{i}.w"] for i in range(4)}
+    for budget, resident in ((1024, 1), (1535, 1), (1536, 2), (2048, 3)):
+        made = plan(specs, budget, units=units, policy=policy, cost=CostModel(memory="coherent"))
+        assert [made.placements[f"{i}.w"] for i in range(2)] == [DEVICE, STAGED]
+        assert len(made.names(DEVICE)) == resident
+        assert len(made.names(STAGED)) == 1
 
 
 def test_memory_of_another_kind() -> None:
