@@ -154,7 +154,8 @@ class Bench:
         self.resident_ms: dict[int, float] = {}
         for tokens, x in self.x.items():
             ms = self.resident_ms[tokens] = milliseconds(lambda x=x: self.resident(x), args.steps)
-            self.add(Row("resident", tokens, ms, 0))
+            enqueue = enqueue_milliseconds(lambda x=x: self.resident(x), args.steps)
+            self.add(Row("resident", tokens, ms, 0, enqueue_ms=enqueue))
 
     def add(self, row: Row) -> None:
         self.links.append(measure_link(self.driver).host_to_device)
@@ -162,7 +163,7 @@ class Bench:
         print(f"{row.who:36s} {row.tokens:5d} tokens {row.ms:9.2f} ms   link {self.links[-1]:.2f} GB/s", flush=True)
 
     def ours(self, who: str, budget: int | str, tokens: list[int], *, graph: bool = False, **options: Any) -> None:
-        model = copy.deepcopy(self.resident)
+        model: nn.Module = copy.deepcopy(self.resident)
         before = torch.cuda.memory_allocated() - self.weights
         handle = offload_(model, budget, device="cuda:0", **options)
         print(handle.plan, flush=True)
@@ -192,7 +193,6 @@ class Bench:
         if graph:
             self.captured(f"{who}, CUDA graph", model, streamed)
         handle.restore_()
-        del model, handle
         tidy()
 
     def captured(self, who: str, model: nn.Module, streamed: int) -> None:
@@ -224,7 +224,7 @@ class Bench:
     def show(self) -> None:
         link = max(self.links)
         table = Table(title=f"{torch.cuda.get_device_name()}, torch {torch.__version__}, link {link:.2f} GB/s")
-        for column in ("who", "tokens", "ms", "floor ms", "floor / ms", "enqueue", "pinned", "device", "bitwise"):
+        for column in ("who", "tokens", "ms", "floor ms", "floor / ms", "enqueue ms", "pinned", "device", "bitwise"):
             table.add_column(column, justify="left" if column == "who" else "right")
         for row in self.rows:
             floor = row.floor_ms(link)
@@ -234,7 +234,7 @@ class Bench:
                 f"{row.ms:.2f}",
                 f"{floor:.2f}" if floor else "",
                 f"{floor / row.ms:.1%}" if floor else "",
-                "" if row.enqueue_ms is None else f"{row.enqueue_ms / row.ms:.1%}",
+                "" if row.enqueue_ms is None else f"{row.enqueue_ms:.2f}",
                 "" if row.pinned_over_weights is None else f"{row.pinned_over_weights:.4f}",
                 "" if row.device_over_plan is None else f"{row.device_over_plan:.4f}",
                 "" if row.bitwise is None else ("yes" if row.bitwise else "no"),
