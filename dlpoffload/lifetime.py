@@ -21,8 +21,10 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 
 from . import _native
+from ._native import Owner
 
 __all__ = [
+    "Owner",
     "Resource",
     "drain",
     "live",

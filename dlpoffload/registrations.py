@@ -78,8 +78,7 @@ class _Registrations:
             registration.count -= 1
             if registration.count == 0:
                 try:
-                    with registration.driver.relaxed():
-                        registration.driver.host_unregister(registration.start)
+                    registration.driver.host_unregister(registration.start)
                 except Exception as error:
                     refused = refused or error
                 else:

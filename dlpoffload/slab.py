@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
-from .errors import AliasError
+from .errors import AliasError, SlotError
+from .lifetime import Owner
 from .memory import HostBuffer
 from .spec import ALIGNMENT, TensorSpec
 from .view import Label, View
@@ -48,6 +49,20 @@ class Places:
     of: dict[str, Place]
     looks: dict[str, Callable[[], None]]
     _copies: list[Copy] | None = None
+    _graphs: list[Owner] = field(default_factory=list)
+
+    def check_movable(self, name: str) -> None:
+        """Raise SlotError while a captured graph can be replayed: it would copy from the old place for ever."""
+        self._graphs = [graph for graph in self._graphs if graph.users]
+        if self._graphs:
+            raise SlotError(
+                f'"{name}" cannot be moved out of its file: {len(self._graphs)} captured graphs can still be replayed, '
+                "and would go on copying from there; drop them first (del graph), and capture again afterwards"
+            )
+
+    def captured(self, graph: Owner) -> None:
+        """Say that a graph copies from these places, as long as it has users."""
+        self._graphs.append(graph)
 
     def move(self, name: str, place: Place, look: Callable[[], None]) -> None:
         """Say that a tensor lies elsewhere now."""
@@ -168,6 +183,18 @@ class Slab:
             if first < last:
                 parts.append(Copy(first, pointer + first - start, last - first))
         return parts
+
+    @property
+    def buffers(self) -> list[HostBuffer]:
+        """Every buffer that its bytes lie in now."""
+        if self.places is None:
+            return [self.buffer]
+        return list({id(place.buffer): place.buffer for place in self.places.of.values()}.values())
+
+    def captured(self, graph: Owner) -> None:
+        """Say that a captured graph copies from here: what it reads is not moved while it can be replayed."""
+        if self.places is not None:
+            self.places.captured(graph)
 
     def host_view(self, name: str, *, label: Label | str = Label.CPU) -> View:
         """View one tensor of the slab on the host; see `HostBuffer.host_view`."""

@@ -11,20 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
-from types import ModuleType, TracebackType
+from types import ModuleType
 from typing import Any, Final
 
 from ..errors import CudaError, DriverNotFoundError
 from ..limits import host_limits
 from . import refusals
+from .current import Current
 from .protocol import Capabilities, PointerInfo
 from .refusals import cuda_error
+from .topology import numa_node_of
 
 __all__ = ["CudaDriver", "check", "device_count", "driver_version"]
 
 _SUCCESS: Final = 0
-_PCI_DEVICES: Final = Path("/sys/bus/pci/devices")
 
 _PORTABLE, _DEVICEMAP, _READ_ONLY = 0x01, 0x02, 0x08  # CU_MEMHOSTALLOC_* and CU_MEMHOSTREGISTER_* agree
 _NON_BLOCKING: Final = 1  # CU_STREAM_NON_BLOCKING
@@ -198,7 +198,7 @@ class CudaDriver:
         return result
 
     def current(self) -> AbstractContextManager[None]:
-        return _Current(self)
+        return Current(self._push, self._pop)
 
     @contextmanager
     def relaxed(self) -> Iterator[None]:
@@ -208,6 +208,11 @@ class CudaDriver:
             yield
         finally:
             self._call(call, former)
+
+    def _relaxed(self, call: str, *arguments: Any) -> Any:
+        """Call what would break a capture on another thread, though it has nothing to do with it: memory's calls."""
+        with self.relaxed():
+            return self._call(call, *arguments)
 
     def synchronize(self) -> None:
         self._call("cuCtxSynchronize")
@@ -232,13 +237,7 @@ class CudaDriver:
 
     @property
     def numa_node(self) -> int | None:
-        name = self._call("cuDeviceGetPCIBusId", 16, self._handle)
-        bus = bytes(name).split(b"\0")[0].decode().lower()
-        try:
-            node = int((_PCI_DEVICES / bus / "numa_node").read_text())
-        except (OSError, ValueError):
-            return None
-        return node if node >= 0 else None  # -1: the firmware does not say
+        return numa_node_of(self._call("cuDeviceGetPCIBusId", 16, self._handle))
 
     def device_memory_info(self) -> tuple[int, int]:
         free, total = self._call("cuMemGetInfo")
@@ -250,7 +249,7 @@ class CudaDriver:
         if nbytes <= 0:
             raise refusals.invalid_nbytes(call, nbytes)
         try:
-            return int(self._call(call, nbytes, _PORTABLE | _DEVICEMAP))
+            return int(self._relaxed(call, nbytes, _PORTABLE | _DEVICEMAP))
         except CudaError as cause:
             if not refusals.is_refusal(cause):
                 raise
@@ -258,12 +257,12 @@ class CudaDriver:
             raise refusals.host_memory_refused(cause, nbytes, limits.binding_limit, limits.available_nbytes) from cause
 
     def host_free(self, pointer: int) -> None:
-        self._call("cuMemFreeHost", pointer)
+        self._relaxed("cuMemFreeHost", pointer)
 
     def host_register(self, pointer: int, nbytes: int, *, read_only: bool = False) -> None:
         flags = _PORTABLE | _DEVICEMAP | (_READ_ONLY if read_only else 0)
         try:
-            self._call("cuMemHostRegister", pointer, nbytes, flags)
+            self._relaxed("cuMemHostRegister", pointer, nbytes, flags)
         except CudaError as cause:
             if not refusals.is_refusal(cause):
                 raise
@@ -271,7 +270,7 @@ class CudaDriver:
 
     def host_unregister(self, pointer: int) -> None:
         try:
-            self._call("cuMemHostUnregister", pointer)
+            self._relaxed("cuMemHostUnregister", pointer)
         except CudaError as cause:
             if not refusals.is_refusal(cause):
                 raise
@@ -306,7 +305,7 @@ class CudaDriver:
         if nbytes <= 0:
             raise refusals.invalid_nbytes(call, nbytes)
         try:
-            return int(self._call(call, nbytes))
+            return int(self._relaxed(call, nbytes))
         except CudaError as cause:
             if not refusals.is_refusal(cause):
                 raise
@@ -314,7 +313,7 @@ class CudaDriver:
             raise refusals.device_memory_refused(cause, self.device, nbytes, free, total) from cause
 
     def device_free(self, pointer: int) -> None:
-        self._call("cuMemFree", pointer)
+        self._relaxed("cuMemFree", pointer)
 
     # ------------------------------------------------------------------------------- streams and events
     def stream_create(self) -> int:
@@ -330,17 +329,30 @@ class CudaDriver:
         self._call("cuStreamWaitEvent", stream, event, 0)
 
     def capture_id(self, stream: int) -> int:
-        statuses = self._cuda.CUstreamCaptureStatus
-        if self._call("cuStreamIsCapturing", stream) == statuses.CU_STREAM_CAPTURE_STATUS_NONE:
+        none = self._cuda.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE
+        if self._call("cuStreamIsCapturing", stream) == none:
             return 0
+        return int(self._capture_info(stream)[0])
+
+    def capture_hold(self, stream: int, argument: int, function: int) -> None:
+        graph = self._capture_info(stream)[1]
+        destroy = self._cuda.CUhostFn(function)
+        no_sync = self._cuda.CUuserObject_flags.CU_USER_OBJECT_NO_DESTRUCTOR_SYNC
+        held = self._call("cuUserObjectCreate", argument, destroy, 1, no_sync)
+        # The graph gets a count of its own. Should that be refused, ours is never given up: the function is not called.
+        self._call("cuGraphRetainUserObject", graph, held, 1, 0)
+        self._call("cuUserObjectRelease", held, 1)
+
+    def _capture_info(self, stream: int) -> tuple[Any, Any]:
+        """Id and graph of the capture that is under way."""
         # In 12 the plain name refuses graphs whose edges carry data and _v3 does not; 13 has only the latter.
         call = "cuStreamGetCaptureInfo"
         third = f"{call}_v3"
-        status, capture, *_ = self._call(third if hasattr(self._cuda, third) else call, stream)
-        if status != statuses.CU_STREAM_CAPTURE_STATUS_ACTIVE:
+        status, capture, graph, *_ = self._call(third if hasattr(self._cuda, third) else call, stream)
+        if status != self._cuda.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_ACTIVE:
             hint = _HINTS["CUDA_ERROR_STREAM_CAPTURE_INVALIDATED"]
             raise cuda_error(call, "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED", hint)
-        return int(capture)
+        return capture, graph
 
     def event_create(self, *, timing: bool = False) -> int:
         return int(self._call("cuEventCreate", _EVENT_DEFAULT if timing else _DISABLE_TIMING))
@@ -376,22 +388,3 @@ class CudaDriver:
 
     def fill_async(self, destination: int, value: int, nbytes: int, stream: int) -> None:
         self._call("cuMemsetD8Async", destination, value, nbytes, stream)
-
-
-class _Current:
-    """`CudaDriver.current`: a class, because a generator costs several times the check itself."""
-
-    __slots__ = ("_driver", "_pushed")
-
-    def __init__(self, driver: CudaDriver) -> None:
-        self._driver = driver
-        self._pushed = False
-
-    def __enter__(self) -> None:
-        self._pushed = self._driver._push()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._pushed:
-            self._driver._pop()

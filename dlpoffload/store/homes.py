@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from typing import Final, NoReturn
 
@@ -78,6 +78,12 @@ class Home:
         buffer, shift = self.open()
         return Place(buffer, shift + byte_offset)
 
+    def adopt(self, other: Home) -> None:
+        """Take another home's buffer for its own, unless it has one, or the other has none."""
+        with self._lock, other._lock:
+            if self.buffer is None and other.buffer is not None:
+                self.buffer, self._shift = other.buffer, other._shift
+
     def take(self) -> HostBuffer | None:
         """Take the buffer away, if there is one."""
         with self._lock:
@@ -138,3 +144,11 @@ class Contents:
         for name, (home, byte_offset) in self.of_name.items():
             found[id(home)][name] = byte_offset
         return [(home, found[id(home)]) for home in self.homes]
+
+    def take_over(self, former: Contents, staying: Container[str]) -> None:
+        """Take each home of `former` that holds the same tensors in the same places, all of them staying."""
+        known = {tuple(offsets.items()): home for home, offsets in former.offsets() if not home.in_file}
+        for home, offsets in self.offsets():
+            same = known.get(tuple(offsets.items()))
+            if same is not None and all(n in staying and former.specs[n] == self.specs[n] for n in offsets):
+                home.adopt(same)

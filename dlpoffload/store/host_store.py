@@ -17,7 +17,8 @@ from ..spec import TensorSpec
 from .files import mapped_contents
 from .layout import Units, checked_units
 from .pinned import Memory, Pageable, anonymous_contents, read_contents
-from .tensors import StoredTensors, viewed
+from .strides import viewed
+from .tensors import StoredTensors
 
 __all__ = ["HostStore"]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import suppress
 from types import MappingProxyType, TracebackType
 from typing import Any, Literal, Self
@@ -12,7 +12,6 @@ from ..background import Background
 from ..errors import AliasError, ClosedError, SpecError
 from ..lifetime import drain
 from ..memory import HostBuffer
-from ..producers import view_of
 from ..slab import Place, Slab
 from ..spec import TensorSpec, format_nbytes
 from ..view import Label, View
@@ -20,9 +19,9 @@ from .files import KERNEL_ALIGNMENT, unaligned
 from .homes import Contents, Home
 from .layout import near_to
 from .pinned import Memory
-from .strides import packed_for
+from .strides import packed_source
 
-__all__ = ["StoredTensors", "viewed"]
+__all__ = ["StoredTensors"]
 
 
 class StoredTensors:
@@ -40,6 +39,7 @@ class StoredTensors:
         self._device = memory.device
         self._lock = threading.RLock()
         self._closed = False
+        self._contents = contents
         self._homes = contents.homes
         self._of_name = contents.of_name
         self._of_unit = contents.of_unit
@@ -227,6 +227,21 @@ class StoredTensors:
         at = home.file_offset + byte_offset
         return at if home.in_file and at % KERNEL_ALIGNMENT and self._specs[name].nbytes else None
 
+    def take_over(self, former: StoredTensors, staying: Container[str]) -> None:
+        """Take buffers of the store that this one replaces: those of the same tensors in the same places.
+
+        *Aliasing*: the bytes of `former`, which is dropped afterwards, not closed. Nothing is copied. What lies in a
+        mapped file is not taken.
+
+        Parameters
+        ----------
+        staying
+            Tensors whose bytes in `former` are to stay. A buffer that holds any other is not taken.
+        """
+        with self._lock, former._lock:
+            if (self._device, self._memory.pageable) == (former._device, former._memory.pageable):
+                self._contents.take_over(former._contents, staying)
+
     def _buffers(self) -> list[HostBuffer]:
         return [buffer for home in self._homes if (buffer := home.buffer) is not None]
 
@@ -255,7 +270,7 @@ class StoredTensors:
             The tensor's buffer was not allocated yet, and the machine has not that much to give.
         """
         spec = self._spec(name)
-        packed = self._packed(name, source)
+        packed = packed_source(name, source, spec, self._device)
         if self._of_name[name][0].in_file:
             raise AliasError(
                 f'tensor "{name}" lies in a mapped file, which is never written; update() moves it to memory of its '
@@ -280,12 +295,13 @@ class StoredTensors:
         ------
         SpecError, AliasError, HostMemoryError
             As `copy_into`; nothing was moved then.
+        SlotError
+            A captured graph that copies from the file can still be replayed.
         """
         if not self.is_read_only(name):
             self.copy_into(name, source)
             return False
-        packed = self._packed(name, source)
-        return self._move(name, packed)
+        return self._move(name, packed_source(name, source, self._specs[name], self._device))
 
     def copy_out(self, name: str) -> bool:
         """Copy one tensor out of its mapped file into pinned memory of its own, so that it can be written.
@@ -305,14 +321,17 @@ class StoredTensors:
                 if packed is not None and nbytes:
                     self._place(name).buffer.copy_into(packed)
                 return False
+            unit = self._unit_of.get(name)
+            places = None if unit is None else self._of_unit[unit].places
+            if places is not None:
+                places.check_movable(name)
             buffer = self._memory.allocate(max(nbytes, 1))
             if nbytes:
                 buffer.copy_into(self._bytes(name) if packed is None else packed)
             home = Home.of(buffer)
             self._homes.append(home)
             self._of_name[name] = home, 0
-            unit = self._unit_of.get(name)
-            if unit is not None and (places := self._of_unit[unit].places) is not None:
+            if places is not None:
                 places.move(name, Place(buffer, 0), home.look)
             self._moved[name] = nbytes
             return True
@@ -320,15 +339,6 @@ class StoredTensors:
     def _bytes(self, name: str) -> memoryview:
         buffer, offset = self._place(name)
         return buffer.memoryview(offset, self._specs[name].nbytes)
-
-    def _packed(self, name: str, source: Any) -> View:
-        view, spec = viewed(name, source), self._spec(name)
-        if (view.shape, view.dtype) != (spec.shape, spec.dtype):
-            raise SpecError(
-                f'tensor "{name}" of this store is {spec}, but the {type(source).__name__} to copy is '
-                f"{view.spec}; shape and dtype must be equal"
-            )
-        return packed_for(view, spec, name, self._device) if spec.nbytes else view
 
     # ------------------------------------------------------------------------------------------ closing
     def close(self) -> None:
@@ -384,11 +394,3 @@ class StoredTensors:
             # The exception on its way out matters more; its traceback may well be what holds the views.
             error.add_note(f"while leaving the store: {refused}")
             self._discard()
-
-
-def viewed(name: str, producer: Any) -> View:
-    """A view of one tensor of a mapping; errors name it."""
-    try:
-        return view_of(producer)
-    except (AliasError, SpecError) as error:
-        raise type(error)(f'tensor "{name}": {error}') from error

@@ -44,6 +44,8 @@ class Report:
         Names under which the module has another tensor object now. Those are not offloaded: they are where they are.
     aliased_outputs : int
         Outputs of units that lay in a slot and were copied.
+    asleep : bool
+        Whether the module sleeps, and has nothing on the device.
     """
 
     device: str
@@ -59,6 +61,7 @@ class Report:
     adopted: tuple[str, ...]
     replaced: tuple[str, ...]
     aliased_outputs: int
+    asleep: bool
 
     @property
     def link_share(self) -> float | None:
@@ -89,6 +92,7 @@ class Report:
         rows.append(("fallbacks", f"{stats.mapped_runs} units ran from mapped memory"))
         rows.append(("host waits", str(stats.host_waits)))
         seldom: dict[str, Any] = {
+            "asleep": "nothing is on the device until wake()" if self.asleep else "",
             "invalidations": stats.invalidations,
             "write-backs": stats.write_backs,
             "adopted": ", ".join(self.adopted),

@@ -18,6 +18,7 @@ from ..slab import Slab
 from ..transfer import Lease, Prefetcher
 from ..view import View
 from .backward import BackwardStager
+from .compiling import border, uncompiled
 from .gradients import guard_outputs
 from .outputs import detached_from
 from .saved import saved_outside
@@ -137,6 +138,7 @@ class StagedForward(WrappedForward):
         self.stager = stager
         self.unit = unit
 
+    @border
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         stager, unit = self.stager, self.unit
         if not self.installed:
@@ -179,6 +181,7 @@ class Stager:
         self._unit_of.update((staged.entry, unit) for staged in unit.members)
 
     # --------------------------------------------------------------------------------- enter, leave
+    @uncompiled
     def enter(self, unit: StagedUnit) -> Lease:
         """Stage a unit and point its tensors into the slot."""
         stream = current_stream(self.device)
@@ -196,6 +199,7 @@ class Stager:
             unit.active.append(lease)
             return lease
 
+    @uncompiled
     def leave(self, unit: StagedUnit, lease: Lease) -> None:
         """Point a unit's tensors back home, after its last caller has left it."""
         with self.lock:

@@ -12,6 +12,7 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
+from functools import partial
 from types import TracebackType
 from typing import Literal
 
@@ -22,7 +23,7 @@ from ..slab import Slab
 from ..spec import ALIGNMENT, aligned, format_nbytes
 from .capture import Horizon, Timelines
 from .lease import Lease, StreamLike, stream_handle
-from .slots import Slot, SlotState
+from .slots import Slot, SlotState, check_device, no_free_slot
 from .stats import Stopwatch, TransferStats
 from .timeline import Timeline
 
@@ -33,15 +34,10 @@ def _dispose(driver: Driver, stopwatch: Stopwatch, timelines: Timelines) -> None
     with driver.current(), driver.relaxed():
         try:
             with suppress(CudaError):  # work that failed has ended, too; `close` is where one hears of it
-                timelines.drain()
+                timelines.eager.drain()
         finally:
             stopwatch.close()
             timelines.close()
-
-
-def _check_device(what: str, found: str, wanted: str) -> None:
-    if found != wanted:
-        raise SlotError(f"{what} is made for {found}, but the ring is on {wanted}; make both for the same device")
 
 
 class SlotRing:
@@ -58,9 +54,8 @@ class SlotRing:
     allocate
         Allocates one slot of so many bytes: a framework's own allocator, so that its accounting stays true.
     when_full
-        What a unit does that finds every slot leased: "map" runs it from its mapped view (counted in
-        `stats.mapped_runs`), "error" raises `SlotError`. A unit that lies in read-only memory (a mapped file) runs from
-        there only if "map_read_only" is said: its kernels must write to none of its tensors.
+        What a unit does that finds every slot leased: "map" runs it from its mapped view (counted in `mapped_runs`),
+        "error" raises `SlotError`. In read-only memory (a mapped file) it runs by "map_read_only" alone: no write then.
 
     Raises
     ------
@@ -68,7 +63,7 @@ class SlotRing:
         No units, fewer than one slot, a slab that is pinned for another kind of device, or a slot from `allocate` that
         is too small or on another device.
     SpecError
-        `when_full` is neither.
+        `when_full` is none of them.
     DeviceMemoryError
         The device has no room; no slot stays allocated.
     """
@@ -93,7 +88,7 @@ class SlotRing:
         self.driver: Driver = open_driver(device)
         self.slabs = dict(slabs)
         for unit, slab in self.slabs.items():
-            _check_device(f'the slab of unit "{unit}"', slab.buffer.device.partition(":")[0], self.driver.platform)
+            check_device(f'the slab of unit "{unit}"', slab.buffer.device.partition(":")[0], self.driver.platform)
         # Units of empty tensors only need an address all the same.
         self.slot_nbytes = aligned(max(1, *(slab.nbytes for slab in slabs.values())), ALIGNMENT)
         self.stats = TransferStats()
@@ -102,11 +97,7 @@ class SlotRing:
         self._lock = threading.RLock()
         self._uses = itertools.count(1)
         self._closed = False
-        if allocate is None:
-
-            def allocate(nbytes: int) -> DeviceBuffer:
-                return DeviceBuffer.allocate(nbytes, device=self.driver.device)
-
+        allocate = allocate or partial(DeviceBuffer.allocate, device=self.driver.device)
         self.slots: list[Slot] = []
         try:
             for index in range(slots):
@@ -114,7 +105,7 @@ class SlotRing:
                 self._check_slot(self.slots[-1])
             with self.driver.current():
                 self._stopwatch = Stopwatch(self.driver)
-                self._timelines = Timelines(self.driver, self.slots)
+                self._timelines = Timelines(self.driver, self.slots, self.slabs)
         except BaseException:
             for slot in reversed(self.slots):
                 slot.buffer.close()
@@ -125,7 +116,7 @@ class SlotRing:
         self._dispose.atexit = False
 
     def _check_slot(self, slot: Slot) -> None:
-        _check_device(f"slot {slot.index}", slot.buffer.device, self.driver.device)
+        check_device(f"slot {slot.index}", slot.buffer.device, self.driver.device)
         if slot.buffer.nbytes < self.slot_nbytes:
             raise SlotError(
                 f"slot {slot.index} was allocated with {format_nbytes(slot.buffer.nbytes)}, but the largest unit needs "
@@ -178,11 +169,7 @@ class SlotRing:
                     self._copy(timeline, state, unit, slab)
                     self.stats.late_copies += not foreseen
                 elif self.when_full == "error" or (self.when_full == "map" and slab.read_only):
-                    instead = "" if self.when_full == "error" else ', or with when_full="map_read_only"'
-                    raise SlotError(
-                        f'unit "{unit}" finds all {len(self.slots)} slots leased; '
-                        f"leave a unit first, or make the ring with more slots ({self.slot_nbytes} bytes each){instead}"
-                    )
+                    raise no_free_slot(unit, self.slots, self.slot_nbytes, self.when_full)
                 else:
                     self.stats.mapped_runs += 1
             if state is not None:
@@ -242,6 +229,8 @@ class SlotRing:
             for start, host_pointer, nbytes in copies:
                 driver.copy_async(state.slot.device_pointer + start, host_pointer, nbytes, copy_stream)
         driver.event_record(state.ready, copy_stream)
+        if timeline.capture:
+            timeline.copied[unit] = None
         timeline.events.recycle(state.readers)
         state.holds = unit
         state.last_use = next(self._uses)
@@ -342,6 +331,17 @@ class SlotRing:
         return [state for timeline in self._timelines.all() for state in timeline.states]
 
     # ---------------------------------------------------------------------------------------------- close
+    def check_uncaptured(self, what: str) -> None:
+        """Refuse what captured graphs would break by, naming them.
+
+        Raises
+        ------
+        SlotError
+            Graphs that were captured through this ring can still be replayed.
+        """
+        with self._lock, self.driver.current(), self.driver.relaxed():
+            self._timelines.check_uncaptured(what)
+
     def read_stats(self) -> TransferStats:
         """The counters, with the times of everything that has passed by now."""
         with self._lock, self.driver.current(), self.driver.relaxed():
@@ -355,7 +355,7 @@ class SlotRing:
         Raises
         ------
         SlotError
-            A unit is entered and not left.
+            A unit is entered and not left, or a captured graph can still be replayed.
         ClosedError
             Views of slots are alive.
         CudaError
@@ -372,8 +372,9 @@ class SlotRing:
             views = sum(slot.buffer.live_views for slot in self.slots)
             if views:
                 raise ClosedError(f"{views} live views of slots; drop them before the ring is closed")
+            self.check_uncaptured("closed")
             self.stats.host_waits += 1
-            self._timelines.drain()
+            self._timelines.eager.drain()
             self._stopwatch.read(self.stats)
             self._closed = True
             try:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ..driver import Driver
+from ..errors import SlotError
 from ..memory import DeviceBuffer
 
-__all__ = ["EventPool", "Slot", "SlotState"]
+__all__ = ["EventPool", "Slot", "SlotState", "check_device", "no_free_slot"]
 
 
 @dataclass(slots=True)
@@ -87,3 +89,18 @@ class SlotState:
     readers: dict[int, int] = field(default_factory=dict)
     leases: int = 0
     last_use: int = 0
+
+
+def no_free_slot(unit: str, slots: Sequence[Slot], slot_nbytes: int, when_full: str) -> SlotError:
+    """The error of a unit that finds every slot leased and may not run from its mapped view."""
+    instead = "" if when_full == "error" else ', or with when_full="map_read_only": its file is not to be written'
+    return SlotError(
+        f'unit "{unit}" finds all {len(slots)} slots leased; leave a unit first, or make the ring with more slots '
+        f"({slot_nbytes} bytes each){instead}"
+    )
+
+
+def check_device(what: str, found: str, wanted: str) -> None:
+    """Raise SlotError for what is made for another device than the ring."""
+    if found != wanted:
+        raise SlotError(f"{what} is made for {found}, but the ring is on {wanted}; make both for the same device")

@@ -52,6 +52,7 @@ ALIASING = {
     "HostStore.host_view": ALWAYS,
     "HostStore.device_view": ALWAYS,
     "HostStore.slab": ALWAYS,
+    "HostStore.take_over": ALWAYS,
     "HostStore.close": NO_BYTES,
     "View.view": ALWAYS,
     "View.memoryview": ALWAYS,
@@ -180,6 +181,13 @@ class Maker:
     def hoststore_slab(self) -> Pair:
         store = self.store()
         return raw(store.host_view("w")), raw(store.slab("unit").host_view("w"))
+
+    def hoststore_take_over(self) -> Pair:
+        store, former = self.store(), self.store()
+        self.open.remove(former)  # whose buffers are the other's now
+        memory = raw(former.host_view("w"))
+        store.take_over(former, {"w"})
+        return memory, raw(store.host_view("w"))
 
     def view_view(self) -> Pair:
         view = self.host().host_view((NBYTES,), "uint8")

@@ -68,8 +68,9 @@ class Int8Tensor(torch.Tensor):
         if func is aten.mul.Tensor:
             return cls(args[0].codes.clone(), args[0].scale * args[1])
         if func is aten._to_copy.default:
-            device, dtype = kwargs.get("device"), kwargs.get("dtype")
-            return cls(args[0].codes.to(device), args[0].scale.to(device, dtype))
+            # Not .to(): torch 2.11 does not part it into this operation below here.
+            codes = func(args[0].codes, **{**kwargs, "dtype": None})
+            return cls(codes, func(args[0].scale, **kwargs))
         if func is aten.copy_.default:
             args[0].codes.copy_(args[1].codes)
             args[0].scale.copy_(args[1].scale)

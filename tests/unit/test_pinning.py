@@ -21,6 +21,7 @@ import dlpoffload as dlpo
 from dlpoffload import HostBuffer, HostStore, TensorSpec, _native, blocks, lifetime, pages, registrations, wall
 from dlpoffload.driver import installed
 from dlpoffload.driver.cpu import CpuDriver
+from dlpoffload.driver.topology import numa_node_of
 from dlpoffload.errors import AliasError, ClosedError, HostMemoryError, RegistrationError, SpecError
 from dlpoffload.limits import check_host_budget, host_limits
 
@@ -118,6 +119,15 @@ def test_pages_come_from_the_devices_node(monkeypatch: pytest.MonkeyPatch) -> No
     with installed(CpuDriver(numa_node=0)):
         HostBuffer.allocate(5000, device="cpu").close()
     assert nodes.preferred == [], "there is one node only"
+
+
+def test_the_node_of_a_pci_device(tmp_path: Path) -> None:
+    for name, text in (("0000:0a:00.0", "1\n"), ("0000:0b:00.0", "-1\n"), ("0000:0c:00.0", "?\n")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "numa_node").write_text(text)
+    assert numa_node_of(b"0000:0A:00.0\0\0\0\0", tmp_path) == 1
+    for unknown in (b"0000:0B:00.0\0", b"0000:0C:00.0\0", b"0000:0D:00.0\0"):
+        assert numa_node_of(unknown, tmp_path) is None
 
 
 def test_a_node_that_cannot_be_preferred(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from transfer_graphs import GraphDriver
 
 from dlpoffload import (
     HostBuffer,
@@ -654,6 +655,30 @@ def test_copy_out_keeps_the_bytes(file: tuple[Path, dict[str, Any]], device: str
         assert not store.copy_out("0.w")
         assert not store.update("0.w", tensors["1.w"])
         assert not store.moved
+
+
+def test_what_a_graph_copies_is_not_moved_while_it_can_be_replayed(file: tuple[Path, dict[str, Any]]) -> None:
+    path, tensors = file
+    driver = GraphDriver()
+    with installed(driver), HostStore.map_file(path, units=UNITS, device="cpu") as store:
+        ring = SlotRing({unit: store.slab(unit) for unit in UNITS}, device="cpu")
+        assert store.update("1.b", tensors["0.b"])
+        stream = driver.stream_create()
+        driver.begin_capture(stream)
+        with ring.prefetch("0", stream=stream):
+            pass
+        graph = driver.end_capture(stream)
+        with pytest.raises(SlotError, match=r'"0\.b" cannot be moved.*1 captured graphs'):
+            store.update("0.b", tensors["1.b"])
+        assert "0.b" not in store.moved
+        assert not store.update("1.b", tensors["1.b"]), "its own memory is written in place, and replays see it"
+        assert store.update("embed", tensors["embed"]), "no unit of the ring"
+        driver.destroy(graph)
+        driver.synchronize()
+        lifetime.drain()
+        assert store.update("0.b", tensors["1.b"])
+        ring.close()
+        driver.stream_destroy(stream)
 
 
 def test_an_update_that_is_refused_moves_nothing(
