@@ -19,6 +19,7 @@ from typing import Final
 
 from ..errors import CudaError
 from ..limits import host_limits
+from ..maps import mappings
 from . import cpu_memory as memory
 from . import refusals
 from .cpu_memory import PAGE, Range, Ranges
@@ -153,6 +154,11 @@ class CpuDriver:
         if not able.host_register or (read_only and not able.read_only_host_register):
             raise cuda_error(call, "CUDA_ERROR_NOT_SUPPORTED")
         if nbytes <= 0 or pointer <= 0 or not memory.is_mapped(start, end):
+            raise cuda_error(call, "CUDA_ERROR_INVALID_VALUE")
+        mapped = list(mappings(start, end))
+        if read_only and any(mapping.is_private and mapping.inode for mapping in mapped):
+            raise cuda_error(call, "CUDA_ERROR_INVALID_VALUE", "a private mapping of a file: CUDA would never return")
+        if not read_only and not all(mapping.is_writable for mapping in mapped):
             raise cuda_error(call, "CUDA_ERROR_INVALID_VALUE")
         if self._registered.overlap(start, end) or self._allocated.overlap(start, end):
             raise cuda_error(call, "CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED")

@@ -38,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "spec": {"errors"},
     "limits": VALUES,
     "maps": VALUES,
-    "driver": VALUES | {"limits"},
+    "driver": VALUES | {"limits", "maps"},
     "lifetime": {"_native", "errors"},
     "wall": DRIVERS,
     "pages": DRIVERS | {"_native"},
