@@ -114,15 +114,12 @@ class Timelines:
         timeline = self.of(stream)
         if timeline.capture:
             self._parts_captured |= not timeline.steps
-        elif self._horizon(timeline) is Horizon.NONE:
+        elif self.horizon_of(timeline) is Horizon.NONE:
             timeline.fork(stream)
         return timeline
 
-    def horizon(self, stream: int) -> Horizon:
-        """How far ahead copies may be enqueued behind `stream`."""
-        return self._horizon(self.of(stream))
-
-    def _horizon(self, timeline: Timeline) -> Horizon:
+    def horizon_of(self, timeline: Timeline) -> Horizon:
+        """How far ahead copies may be enqueued."""
         if not timeline.capture:
             if not self.shared:
                 return Horizon.OPEN
