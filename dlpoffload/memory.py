@@ -172,6 +172,11 @@ class HostBuffer(Buffer):
         """What could not be had when it was allocated, and what was taken in its place."""
         return self._open_block().notes
 
+    @property
+    def borders(self) -> tuple[int, ...]:
+        """Host addresses inside where one registration ends and the next begins: no copy may cross one."""
+        return self._open_block().borders
+
     def pieces(self, byte_offset: int, nbytes: int) -> Iterator[tuple[int, int]]:
         """Byte offset and bytes of the copies that move a range of this buffer, none across two registrations."""
         return self._open_block().pieces(byte_offset, nbytes)

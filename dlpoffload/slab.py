@@ -173,6 +173,8 @@ class Slab:
         """
         end = self.nbytes if nbytes is None else byte_offset + nbytes
         if self.places is None:
+            if not self.buffer.borders:
+                return [Copy(byte_offset, self.host_pointer + byte_offset, end - byte_offset)]
             return list(_pieces(self.buffer, self.byte_offset + byte_offset, byte_offset, end - byte_offset))
         whole = self.places.copies(self.byte_offsets, self.specs)
         if (byte_offset, end) == (0, self.nbytes):

@@ -88,7 +88,7 @@ class Report:
             if self.link_share is not None and self.link is not None:
                 text += f", {self.link_share:.0%} of the link ({self.link.host_to_device:.1f} GB/s)"
             rows.append(("copy rate", text))
-        rows.append(("stalls", f"{stats.stalls}, {stats.stall_seconds * 1e3:.1f} ms"))
+        rows.append(("stalls", f"{stats.stalls} of {stats.timed_waits} waits, {stats.stall_seconds * 1e3:.1f} ms"))
         rows.append(("fallbacks", f"{stats.mapped_runs} units ran from mapped memory"))
         rows.append(("host waits", str(stats.host_waits)))
         seldom: dict[str, Any] = {

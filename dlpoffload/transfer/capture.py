@@ -14,17 +14,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from enum import Enum
 from typing import Final
 
 from .. import lifetime
 from ..driver import Driver
-from ..errors import SlotError
+from ..errors import CudaError, SlotError
 from ..slab import Slab
 from .slots import Slot
+from .stats import Stopwatch
 from .timeline import Timeline
 
-__all__ = ["Horizon", "Timelines"]
+__all__ = ["Horizon", "Timelines", "dispose"]
 
 
 _GRAPH_END_S: Final = 0.1
@@ -120,15 +122,12 @@ class Timelines:
         timeline = self.of(stream)
         if timeline.capture:
             self._parts_captured |= not timeline.steps
-        elif self._horizon(timeline) is Horizon.NONE:
+        elif self.horizon_of(timeline) is Horizon.NONE:
             timeline.fork(stream)
         return timeline
 
-    def horizon(self, stream: int) -> Horizon:
-        """How far ahead copies may be enqueued behind `stream`."""
-        return self._horizon(self.of(stream))
-
-    def _horizon(self, timeline: Timeline) -> Horizon:
+    def horizon_of(self, timeline: Timeline) -> Horizon:
+        """How far ahead copies may be enqueued."""
         if not timeline.capture:
             if not self.shared:
                 return Horizon.OPEN
@@ -191,3 +190,14 @@ class Timelines:
         """Destroy every event and stream."""
         for timeline in self.all():
             timeline.close()
+
+
+def dispose(driver: Driver, stopwatch: Stopwatch, timelines: Timelines) -> None:
+    """End a ring that was dropped: after its copies and readers, destroy events and streams."""
+    with driver.current(), driver.relaxed():
+        try:
+            with suppress(CudaError):  # work that failed has ended, too; `close` is where one hears of it
+                timelines.eager.drain()
+        finally:
+            stopwatch.close()
+            timelines.close()

@@ -11,33 +11,24 @@ import itertools
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
-from functools import partial
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Literal
 
 from ..driver import Driver, open_driver
-from ..errors import ClosedError, CudaError, SlotError, SpecError
+from ..errors import ClosedError, SlotError, SpecError
 from ..memory import DeviceBuffer
 from ..slab import Slab
 from ..spec import ALIGNMENT, aligned, format_nbytes
-from .capture import Horizon, Timelines
+from .capture import Horizon, Timelines, dispose
 from .lease import Lease, StreamLike, stream_handle
-from .slots import Slot, SlotState, check_device, no_free_slot
+from .slots import Slot, SlotState, check_device, close_slots, make_slots, no_free_slot
 from .stats import Stopwatch, TransferStats
 from .timeline import Timeline
 
 __all__ = ["SlotRing"]
 
-
-def _dispose(driver: Driver, stopwatch: Stopwatch, timelines: Timelines) -> None:
-    with driver.current(), driver.relaxed():
-        try:
-            with suppress(CudaError):  # work that failed has ended, too; `close` is where one hears of it
-                timelines.eager.drain()
-        finally:
-            stopwatch.close()
-            timelines.close()
+Expected = Callable[[Horizon], Sequence[str]]
 
 
 class SlotRing:
@@ -82,9 +73,7 @@ class SlotRing:
         if slots < 1:
             raise SlotError(f"slots={slots}; a ring needs at least one slot, and two to overlap copies with compute")
         if when_full not in ("map", "map_read_only", "error"):
-            raise SpecError(
-                f'when_full={when_full!r}; a unit that finds no free slot is told to "map", "map_read_only" or "error"'
-            )
+            raise SpecError(f'when_full={when_full!r}; it is "map", "map_read_only" or "error"')
         self.driver: Driver = open_driver(device)
         self.slabs = dict(slabs)
         for unit, slab in self.slabs.items():
@@ -97,31 +86,18 @@ class SlotRing:
         self._lock = threading.RLock()
         self._uses = itertools.count(1)
         self._closed = False
-        allocate = allocate or partial(DeviceBuffer.allocate, device=self.driver.device)
-        self.slots: list[Slot] = []
+        self.slots = make_slots(slots, self.slot_nbytes, self.driver.device, allocate)
         try:
-            for index in range(slots):
-                self.slots.append(Slot(index, allocate(self.slot_nbytes)))
-                self._check_slot(self.slots[-1])
             with self.driver.current():
                 self._stopwatch = Stopwatch(self.driver)
                 self._timelines = Timelines(self.driver, self.slots, self.slabs)
         except BaseException:
-            for slot in reversed(self.slots):
-                slot.buffer.close()
+            close_slots(self.slots)
             raise
         # Dropped without close: the timelines keep the slots until their copies and readers have ended, in whatever
         # order the garbage goes. At exit the process frees everything.
-        self._dispose = weakref.finalize(self, _dispose, self.driver, self._stopwatch, self._timelines)
+        self._dispose = weakref.finalize(self, dispose, self.driver, self._stopwatch, self._timelines)
         self._dispose.atexit = False
-
-    def _check_slot(self, slot: Slot) -> None:
-        check_device(f"slot {slot.index}", slot.buffer.device, self.driver.device)
-        if slot.buffer.nbytes < self.slot_nbytes:
-            raise SlotError(
-                f"slot {slot.index} was allocated with {format_nbytes(slot.buffer.nbytes)}, but the largest unit needs "
-                f"{format_nbytes(self.slot_nbytes)}"
-            )
 
     @property
     def copy_stream(self) -> int:
@@ -159,22 +135,44 @@ class SlotRing:
         handle = stream_handle(stream)
         with self._lock, self.driver.current():
             slab = self._slab(unit)
+            return self._prefetch(self._timelines.entering(handle), handle, unit, slab, keep, foreseen)
+
+    def enter(self, unit: str, expected: Expected, *, stream: int | StreamLike = 0) -> Lease:
+        """Prefetch a unit that nobody foresaw unless a slot holds it, then look ahead: both in one go.
+
+        `expected` gives the units that follow it, as far as the horizon allows.
+        """
+        handle = stream_handle(stream)
+        with self._lock, self.driver.current():
+            slab = self._slab(unit)
             timeline = self._timelines.entering(handle)
-            state = timeline.holding(unit)
+            ahead = expected(self._timelines.horizon_of(timeline))
+            lease = self._prefetch(timeline, handle, unit, slab, ahead, False)
+            try:
+                self._look_ahead(timeline, ahead[: len(self.slots) - 1])
+            except BaseException:
+                lease.release()
+                raise
+            return lease
+
+    def _prefetch(
+        self, timeline: Timeline, stream: int, unit: str, slab: Slab, keep: Sequence[str], foreseen: bool
+    ) -> Lease:
+        state = timeline.holding(unit)
+        if state is not None:
+            self.stats.hits += 1
+        else:
+            state = timeline.free_slot(keep)
             if state is not None:
-                self.stats.hits += 1
+                self._copy(timeline, state, unit, slab)
+                self.stats.late_copies += not foreseen
+            elif self.when_full == "error" or (self.when_full == "map" and slab.read_only):
+                raise no_free_slot(unit, self.slots, self.slot_nbytes, self.when_full)
             else:
-                state = timeline.free_slot(keep)
-                if state is not None:
-                    self._copy(timeline, state, unit, slab)
-                    self.stats.late_copies += not foreseen
-                elif self.when_full == "error" or (self.when_full == "map" and slab.read_only):
-                    raise no_free_slot(unit, self.slots, self.slot_nbytes, self.when_full)
-                else:
-                    self.stats.mapped_runs += 1
-            if state is not None:
-                state.last_use = next(self._uses)
-            return Lease(self, unit, handle, timeline, state)
+                self.stats.mapped_runs += 1
+        if state is not None:
+            state.last_use = next(self._uses)
+        return Lease(self, unit, stream, timeline, state)
 
     def host_lease(self, unit: str, *, stream: int | StreamLike = 0) -> Lease:
         """Lease a unit's host bytes themselves, without a slot: for a copy of one's own out of them.
@@ -187,7 +185,7 @@ class SlotRing:
             self._slab(unit)
             return Lease(self, unit, handle, self._timelines.entering(handle), None)
 
-    def look_ahead(self, units: Sequence[str], *, stream: int | StreamLike = 0) -> None:
+    def look_ahead(self, units: Sequence[str] | Expected, *, stream: int | StreamLike = 0) -> None:
         """Prefetch units that are needed next, in this order, into slots that are free; leases nothing.
 
         Stops at the first unit that finds no slot: none is taken from a unit needed sooner. Does nothing where
@@ -196,15 +194,18 @@ class SlotRing:
         handle = stream_handle(stream)
         with self._lock, self.driver.current():
             self._check_open()
-            if self._timelines.horizon(handle) is Horizon.NONE:
-                return
             timeline = self._timelines.of(handle)
-            for unit in units:
-                if timeline.holding(unit) is None:
-                    state = timeline.free_slot(units, spare_kept=True)
-                    if state is None:
-                        return
-                    self._copy(timeline, state, unit, self._slab(unit))
+            horizon = self._timelines.horizon_of(timeline)
+            if horizon is not Horizon.NONE:
+                self._look_ahead(timeline, units(horizon) if callable(units) else units)
+
+    def _look_ahead(self, timeline: Timeline, units: Sequence[str]) -> None:
+        for unit in units:
+            if timeline.holding(unit) is None:
+                state = timeline.free_slot(units, spare_kept=True)
+                if state is None:
+                    return
+                self._copy(timeline, state, unit, self._slab(unit))
 
     def _check_open(self) -> None:
         if self._closed:
@@ -235,7 +236,7 @@ class SlotRing:
         state.holds = unit
         state.last_use = next(self._uses)
         self.stats.copies += 1
-        self.stats.copied_nbytes += sum(copy.nbytes for copy in copies)
+        self.stats.copied_nbytes += sum([copy.nbytes for copy in copies])
 
     def _timed(self, timeline: Timeline, stream: int, nbytes: int | None) -> AbstractContextManager[None]:
         return nullcontext() if timeline.capture else self._stopwatch.timed(stream, nbytes)
@@ -272,7 +273,7 @@ class SlotRing:
     def horizon(self, *, stream: int | StreamLike = 0) -> Horizon:
         """How far ahead copies may be enqueued behind `stream`: captures and steps beside graphs end where they end."""
         with self._lock, self.driver.current():
-            return self._timelines.horizon(stream_handle(stream))
+            return self._timelines.horizon_of(self._timelines.of(stream_handle(stream)))
 
     # -------------------------------------------------------------------------------------------- changes
     def before_host_write(self, unit: str) -> None:
@@ -380,8 +381,7 @@ class SlotRing:
             try:
                 self._dispose()
             finally:
-                for slot in self.slots:
-                    slot.buffer.close()
+                close_slots(self.slots)
 
     def __enter__(self) -> SlotRing:
         return self

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from ..driver import Driver
 from ..errors import SlotError
 from ..memory import DeviceBuffer
+from ..spec import format_nbytes
 
-__all__ = ["EventPool", "Slot", "SlotState", "check_device", "no_free_slot"]
+__all__ = ["EventPool", "Slot", "SlotState", "check_device", "close_slots", "make_slots", "no_free_slot"]
 
 
 @dataclass(slots=True)
@@ -91,6 +92,39 @@ class SlotState:
     last_use: int = 0
 
 
+def check_device(what: str, found: str, wanted: str) -> None:
+    """Raise the SlotError of memory for another device."""
+    if found != wanted:
+        raise SlotError(f"{what} is made for {found}, but the ring is on {wanted}; make both for the same device")
+
+
+def make_slots(
+    count: int, nbytes: int, device: str, allocate: Callable[[int], DeviceBuffer] | None = None
+) -> list[Slot]:
+    """Allocate slots of `nbytes` each. After an error none stays allocated."""
+    slots: list[Slot] = []
+    try:
+        for index in range(count):
+            made = DeviceBuffer.allocate(nbytes, device=device) if allocate is None else allocate(nbytes)
+            slots.append(Slot(index, made))
+            check_device(f"slot {index}", made.device, device)
+            if made.nbytes < nbytes:
+                raise SlotError(
+                    f"slot {index} was allocated with {format_nbytes(made.nbytes)}, but the largest unit needs "
+                    f"{format_nbytes(nbytes)}"
+                )
+    except BaseException:
+        close_slots(slots)
+        raise
+    return slots
+
+
+def close_slots(slots: Sequence[Slot]) -> None:
+    """Free them, the last one first."""
+    for slot in reversed(slots):
+        slot.buffer.close()
+
+
 def no_free_slot(unit: str, slots: Sequence[Slot], slot_nbytes: int, when_full: str) -> SlotError:
     """The error of a unit that finds every slot leased and may not run from its mapped view."""
     instead = "" if when_full == "error" else ', or with when_full="map_read_only": its file is not to be written'
@@ -98,9 +132,3 @@ def no_free_slot(unit: str, slots: Sequence[Slot], slot_nbytes: int, when_full: 
         f'unit "{unit}" finds all {len(slots)} slots leased; leave a unit first, or make the ring with more slots '
         f"({slot_nbytes} bytes each){instead}"
     )
-
-
-def check_device(what: str, found: str, wanted: str) -> None:
-    """Raise SlotError for what is made for another device than the ring."""
-    if found != wanted:
-        raise SlotError(f"{what} is made for {found}, but the ring is on {wanted}; make both for the same device")
