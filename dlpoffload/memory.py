@@ -124,6 +124,11 @@ class HostBuffer(Buffer):
         return pointer
 
     @property
+    def pinned(self) -> bool:
+        """Whether these bytes are pinned; pageable ones are not."""
+        return self._open_block().pinned
+
+    @property
     def read_only(self) -> bool:
         """Whether views of this buffer are read-only."""
         return self._open_block().read_only

@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
+from .assembly import Assembly
 from .opening import Checkpoint, open_checkpoint
 from .reading import Progress
+from .recipe import Recipe, assemblies, concat, differences, narrow, part
 
-__all__ = ["Checkpoint", "Progress", "open_checkpoint"]
+__all__ = [
+    "Assembly",
+    "Checkpoint",
+    "Progress",
+    "Recipe",
+    "assemblies",
+    "concat",
+    "differences",
+    "narrow",
+    "open_checkpoint",
+    "part",
+]

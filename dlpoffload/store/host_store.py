@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
-from ..checkpoint import Progress, open_checkpoint
+from ..checkpoint import Progress, Recipe, open_checkpoint
 from ..driver import open_driver
 from ..errors import AliasError, ClosedError, SpecError
 from ..lifetime import drain
@@ -99,6 +99,8 @@ class HostStore:
         units: Units | None = None,
         device: str | int | None = None,
         progress: Progress | None = None,
+        specs: Mapping[str, TensorSpec] | None = None,
+        recipe: Recipe | None = None,
     ) -> HostStore:
         """Copy named tensors, or a checkpoint in safetensors, into new pinned memory of exactly their size.
 
@@ -115,24 +117,34 @@ class HostStore:
             See `allocate`.
         progress
             Called with bytes done and bytes in all.
+        specs
+            Of a path: the tensors that are wanted, row-major, when they are not those that are stored.
+        recipe
+            How those are made of stored ones; see `checkpoint.recipe`. Slices and concatenations are read into place.
 
         Raises
         ------
         CheckpointError
-            The checkpoint is damaged, truncated, incomplete, or changed while it was read.
+            The checkpoint is damaged, truncated, incomplete, or changed while it was read, or has not what is wanted.
         SpecError, AliasError
+            `specs` or `recipe` mean nothing or have no effect.
             Something in the mapping gives no view of its memory; the message names it.
         HostMemoryError
             The machine has not that much to give.
         """
         if isinstance(source, str | os.PathLike):
             with open_checkpoint(Path(source)) as checkpoint, ExitStack() as undo:
-                store = cls.allocate(checkpoint.specs, units=units, device=device)
+                if recipe is not None and specs is None:
+                    raise SpecError("a recipe makes the tensors that specs= names; pass specs= as well")
+                made = None if specs is None else checkpoint.assemblies(specs, recipe)
+                store = cls.allocate(checkpoint.specs if specs is None else specs, units=units, device=device)
                 undo.callback(store._discard)
                 check_host_budget(store._allocated_nbytes)
-                checkpoint.read_into(store._memory(), progress)
+                checkpoint.read_into(store.memoryviews(), progress, made)
                 undo.pop_all()
             return store
+        if specs is not None or recipe is not None:
+            raise SpecError("specs= and recipe= say how to read a checkpoint; a mapping has its own names and specs")
         if not isinstance(source, Mapping):
             raise SpecError(
                 f"a store is a copy of a mapping from names to tensors, or of a path, not of a {type(source).__name__}"
@@ -149,11 +161,6 @@ class HostStore:
                     progress(done, store.nbytes)
             undo.pop_all()
         return store
-
-    def _memory(self) -> Iterator[tuple[memoryview, Mapping[str, int]]]:
-        """The bytes of each buffer, allocated when its turn comes, and where its tensors start."""
-        for region in self._regions:
-            yield self._buffer(region).memoryview(), region.byte_offsets
 
     # --------------------------------------------------------------------------------------- properties
     @property
@@ -240,10 +247,51 @@ class HostStore:
         SpecError
             The store has no such unit.
         """
+        return self._slab(self._unit(unit))
+
+    def _unit(self, unit: str) -> Region:
         region = self._of_unit.get(unit)
         if region is None:
             raise SpecError(f'no unit "{unit}" among {len(self._units)}{near_to(unit, self._units)}')
-        return self._slab(region)
+        return region
+
+    def memoryviews(self, names: Container[str] | None = None) -> Iterator[tuple[memoryview, Mapping[str, int]]]:
+        """View the bytes of each buffer, allocated when its turn comes, and where its tensors start.
+
+        *Aliasing*: these bytes, writable. `Checkpoint.read_into` takes this.
+
+        Parameters
+        ----------
+        names
+            Only the buffers of these tensors, and of each buffer only those.
+        """
+        for region in self._regions:
+            starts = {n: start for n, start in region.byte_offsets.items() if names is None or n in names}
+            if starts:
+                yield self._buffer(region).memoryview(), starts
+
+    def adopt(self, unit: str, buffer: HostBuffer) -> None:
+        """Adopt a buffer that holds a unit's tensors already, as `slab` lays them out.
+
+        *Aliasing*: the buffer's own bytes. *Lifetime*: as if the store had allocated it.
+
+        Raises
+        ------
+        SpecError
+            The store has no such unit, or has memory for it; the buffer is of another size or kind, or for another
+            device.
+        """
+        region = self._unit(unit)
+        with self._lock:
+            found = (buffer.nbytes, buffer.pinned, buffer.device)
+            wanted = (region.buffer_nbytes, self._pinned, self._device)
+            if region.buffer is not None or found != wanted:
+                raise SpecError(
+                    f'unit "{unit}" '
+                    + ("has memory already" if region.buffer is not None else f"takes a buffer of {wanted}")
+                    + f", so it cannot adopt one of {found} (bytes, pinned, device)"
+                )
+            region.buffer = buffer
 
     def _region(self, name: str) -> Region:
         region = self._of_name.get(name)

@@ -44,6 +44,8 @@ ALIASING = {
     "HostStore.host_view": ALWAYS,
     "HostStore.device_view": ALWAYS,
     "HostStore.slab": ALWAYS,
+    "HostStore.memoryviews": ALWAYS,
+    "HostStore.adopt": ALWAYS,
     "HostStore.close": NO_BYTES,
     "View.view": ALWAYS,
     "View.memoryview": ALWAYS,
@@ -147,6 +149,17 @@ class Maker:
     def hoststore_slab(self) -> Pair:
         store = self.store()
         return raw(store.host_view("w")), raw(store.slab("unit").host_view("w"))
+
+    def hoststore_memoryviews(self) -> Pair:
+        store = self.store()
+        (view, starts) = next(store.memoryviews())
+        assert starts == {"w": 0}
+        return raw(store.host_view("w")), view
+
+    def hoststore_adopt(self) -> Pair:
+        buffer, store = self.host(), self.store()
+        store.adopt("unit", buffer)
+        return buffer.memoryview(), raw(store.host_view("w"))
 
     def view_view(self) -> Pair:
         view = self.host().host_view((NBYTES,), "uint8")
