@@ -86,8 +86,10 @@ class Checkpoint:
         for name, spec in specs.items():
             if not spec.is_row_major:
                 raise SpecError(f'"{name}" is wanted as {spec}, but tensors are read row-major; leave its strides out')
-        made, _ = assemblies(recipe or {}, specs, self.specs)
-        wrong = [f'"{name}" is missing' for name in specs if name not in made] + differences(made, specs)
+        made, lacking = assemblies(recipe or {}, specs, self.specs)
+        missing = (name for name in specs if name not in made)
+        wrong = [f'"{name}" is missing' + (f": {lacking[name]}" if name in lacking else "") for name in missing]
+        wrong += differences(made, specs)
         if wrong:
             more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
             raise CheckpointError(

@@ -80,8 +80,8 @@ def narrow(source: Source, *, dim: int, start: int, length: int) -> Expression:
 
 def assemblies(
     recipe: Recipe, wanted: Iterable[str], stored: Mapping[str, TensorSpec]
-) -> tuple[dict[str, Assembly], set[str]]:
-    """What each wanted tensor that can be made is made of, and the stored names that are used.
+) -> tuple[dict[str, Assembly], dict[str, str]]:
+    """What each wanted tensor that can be made is made of; and of those that lack a stored tensor, which.
 
     The first pattern that matches a name makes it; ``*`` stands for any characters, dots included, and what it
     matched goes into the asterisks of the sources, in their order. A name that no pattern matches is the stored tensor
@@ -92,12 +92,13 @@ def assemblies(
     SpecError
         A pattern that makes nothing, sources with another number of asterisks, lengths or dtypes that do not fit.
     CheckpointError
-        A source is not stored.
+        A source of an entry without asterisks is not stored.
     """
     names = list(wanted)
     left = dict(recipe)
     patterns = [(pattern, _compiled(pattern), _checked(pattern, source)) for pattern, source in recipe.items()]
     made: dict[str, Assembly] = {}
+    lacking: dict[str, str] = {}
     for name in names:
         for pattern, compiled, expression in patterns:
             match = compiled.fullmatch(name)
@@ -108,7 +109,10 @@ def assemblies(
                 made[name] = expression.assemble(stored, () if match is None else match.groups())
                 made[name].check()
             except (SpecError, CheckpointError) as error:
-                raise type(error)(f'"{name}" by the recipe\'s "{pattern}": {error}') from error
+                if isinstance(error, CheckpointError) and "*" in pattern:
+                    lacking[name] = str(error)  # it may be one that nobody needs: tied to another, or not persistent
+                else:
+                    raise type(error)(f'"{name}" by the recipe\'s "{pattern}": {error}') from error
             break
         else:
             if name in stored:
@@ -124,7 +128,7 @@ def assemblies(
                 else f"none of the {len(names)} names, such as {', '.join(repr(name) for name in names[:3])}"
             )
         )
-    return made, {source for assembly in made.values() for source in assembly.sources}
+    return made, lacking
 
 
 def differences(made: Mapping[str, Assembly], wanted: Mapping[str, TensorSpec]) -> list[str]:

@@ -16,6 +16,7 @@ from ..transfer import Link, measure_link
 from .copying import DeepCopy, refuse_copy, refuse_pickle
 from .installed import MARK, Installed
 from .offloading import Offloading
+from .origin import Start
 from .placed import Placed
 from .report import Report, snapshot
 from .subclasses import find, inner_tensors, wraps_others
@@ -38,12 +39,12 @@ class OffloadHandle:
     module : torch.nn.Module
     """
 
-    def __init__(self, module: nn.Module, offloading: Offloading) -> None:
+    def __init__(self, module: nn.Module, offloading: Offloading, start: Start | None = None) -> None:
         self.module = module
         self._offloading = offloading
         self._lock = threading.RLock()
         self._restored = False
-        self._install(offloading.place(module))
+        self._install(offloading.place(module, start=start))
 
     def _install(self, placed: Placed) -> None:
         self._placed = placed
@@ -54,6 +55,7 @@ class OffloadHandle:
             with torch.inference_mode(False), torch.no_grad():
                 placed.undo()
             raise
+        placed.settle()
         self._names = {
             name: (entry, member, holder, attribute)
             for entry in placed.entries.values()

@@ -16,6 +16,7 @@ from ..planning import Placement, Plan
 from ..store import HostStore
 from ..transfer import Prefetcher, SlotRing
 from ..view import View
+from .origin import Origin
 from .staging import StagedMember, StagedUnit, Stager, home_tensor
 from .subclasses import inner_tensors, rebuilt
 from .tensors import bytes_of, empty_bytes, overwrite, tensor_in, torch_device
@@ -51,6 +52,7 @@ class Placed:
         *,
         pinned: bool = True,
         former: Mapping[int, torch.device] | None = None,
+        origin: Origin | None = None,
     ) -> None:
         self.module = module
         self.plan = decided
@@ -61,6 +63,7 @@ class Placed:
         self.mapped = pinned and driver.capabilities().map_host_memory
         self.entries = {entry.name: entry for entry in entries}
         self.stager: Stager | None = None
+        self._origin = origin or Origin()
         self.store = self._allocate_store()
         self._before = dict(former or {})
         self._former: dict[int, tuple[Entry, torch.device]] = {}
@@ -69,8 +72,10 @@ class Placed:
         try:
             # The ring first: what cannot run must fail before a weight has moved.
             slots = [empty_bytes(decided.slot_nbytes, self.device) for _ in range(decided.slots)]
+            self._origin.fill(self)
             for entry in entries:
-                self._place(entry)
+                if not self._origin.place(self, entry):
+                    self._place(entry)
             self._relabel()
             if decided.streamed_units:
                 self._stage(slots)
@@ -95,7 +100,7 @@ class Placed:
             return None
         return HostStore.allocate(
             {name: decided.specs[name] for name in names},
-            units={unit.name: unit.tensors for unit in decided.streamed_units},
+            units={unit.name: unit.tensors for unit in decided.streamed_units} | dict(self._origin.units(decided)),
             device=self.driver.device,
             pinned=self.pinned,
         )
@@ -257,6 +262,12 @@ class Placed:
         torch.autograd.graph.increment_version(member.of_module[1])
 
     # ---------------------------------------------------------------------------------------- back
+    def settle(self) -> None:
+        """Say that the module is offloaded: from now on `undo` gives it ordinary memory, and not what it came with."""
+        for entry, device in self._origin.settle():
+            self._former[id(entry)] = entry, device
+        self._origin = Origin()
+
     def retire(self) -> None:
         """End staging; every tensor stays at home.
 
@@ -292,6 +303,7 @@ class Placed:
             if any(self._is_ours(member) for member in entry.members):
                 self._restore(entry, empty_bytes(entry.spec.nbytes, device))
             del self._former[key]
+        self._origin.rollback()
         self._homes.clear()
         self.store = None
 

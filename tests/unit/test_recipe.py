@@ -165,9 +165,10 @@ def test_any_expression_covers_its_tensor_once(made_of: tuple[Any, Callable[[dic
     shapes = {"a": (4, 6, 5), "b": (4, 3, 5)}
     arrays = {name: np.arange(np.prod(shape), dtype="int16").reshape(shape) for name, shape in shapes.items()}
     stored = {name: TensorSpec(shape, "int16") for name, shape in shapes.items()}
-    found, used = assemblies({"x": expression}, ["x"], stored)
+    found, lacking = assemblies({"x": expression}, ["x"], stored)
     wanted = np.ascontiguousarray(computed(arrays))
-    assert used <= stored.keys()
+    assert lacking == {}
+    assert set(found["x"].sources) <= stored.keys()
     assert found["x"].shape == wanted.shape
     target, times = bytearray(wanted.nbytes), bytearray(wanted.nbytes)
     for box in found["x"].boxes:
@@ -212,7 +213,7 @@ def stored() -> dict[str, TensorSpec]:
         ({"l.*.x": part("l.*.q", dim=2, index=0, count=2)}, SpecError, r"dim=2 of float32\[6, 4\].*has 2 dimensions"),
         ({"l.*.x": part("s", dim=0, index=0, count=1)}, SpecError, r"has 0 dimensions"),
         ({"l.*.x": narrow("l.*.k", dim=0, start=1, length=2)}, SpecError, r"elements 1 to 3 along dim=0.*has 2 there"),
-        ({"l.*.x": "l.*.gone"}, CheckpointError, r'its source "l\.0\.gone" is not among the 5 stored tensors'),
+        ({"l.0.x": "l.0.gone"}, CheckpointError, r'its source "l\.0\.gone" is not among the 5 stored tensors'),
         ({"l.*.*": "l.*.q"}, SpecError, r'"l\.\*\.\*" has 2 asterisks, its source "l\.\*\.q" has 1'),
         ({"l.*.x": 3}, SpecError, r"not of a int"),
     ],
@@ -239,6 +240,17 @@ def test_recipes_that_mean_nothing(
 def test_expressions_that_mean_nothing(make: Callable[[], object], words: str) -> None:
     with pytest.raises(SpecError, match=words):
         make()
+
+
+def test_a_pattern_may_match_more_than_is_stored(stored: dict[str, TensorSpec], tmp_path: Path, rng: Any) -> None:
+    """As a prefix does that also fits names that are tied to others; who needs them says what is missing."""
+    made, lacking = assemblies({"m.*": "l.*"}, ["m.0.q", "m.0.tied", "other"], stored)
+    assert made.keys() == {"m.0.q"}
+    assert lacking.keys() == {"m.0.tied"}
+    path, _ = saved(tmp_path, rng, l__q=(2,))
+    specs = {"m.q": TensorSpec((2,), "float32"), "m.tied": TensorSpec((2,), "float32")}
+    with pytest.raises(CheckpointError, match=r'"m\.tied" is missing: its source "l\.tied" is not among the 1 stored'):
+        HostStore.copy_of(path, specs=specs, recipe={"m.*": "l.*"}, device="cpu")
 
 
 def test_elements_of_less_than_a_byte_are_not_cut() -> None:
