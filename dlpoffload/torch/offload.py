@@ -15,7 +15,7 @@ from .loading import FromCheckpoint
 from .offloading import Offloading, Pageable
 from .sources import Weights, open_source
 
-__all__ = ["offload_"]
+__all__ = ["offload_", "refuse_offloaded"]
 
 
 def offload_(
@@ -97,6 +97,15 @@ def offload_(
     if checkpoint is None and (recipe is not None or not strict):
         raise PlanError("recipe= and strict= say how a checkpoint is read, so without checkpoint= they have no effect")
     offloading = Offloading(open_driver(device), device_budget, units, slots, policy, cost, pageable, stage_unmapped)
+    refuse_offloaded(module)
+    if checkpoint is None:
+        return OffloadHandle(module, offloading)
+    with open_source(checkpoint) as source:
+        return OffloadHandle(module, offloading, FromCheckpoint(source, recipe, strict))
+
+
+def refuse_offloaded(module: nn.Module) -> None:
+    """Raise OffloadError where a module, or one inside of it, is offloaded."""
     for path, inside in module.named_modules():
         handle = OffloadHandle.of(inside)
         if handle is not None:
@@ -104,7 +113,3 @@ def offload_(
                 f'"{path or type(module).__name__}" is offloaded already, to {handle.device}; '
                 "restore_() that first, or offload the outer module once"
             )
-    if checkpoint is None:
-        return OffloadHandle(module, offloading)
-    with open_source(checkpoint) as source:
-        return OffloadHandle(module, offloading, FromCheckpoint(source, recipe, strict))

@@ -23,7 +23,7 @@ from .tensors import bytes_of, empty_bytes, overwrite, tensor_in, torch_device
 from .tree import Entry, Member, Outer
 from .watched import exchange_data, plain_data, unwatch, watch
 
-__all__ = ["Placed"]
+__all__ = ["Placed", "copy_span"]
 
 
 class Placed:
@@ -145,7 +145,7 @@ class Placed:
         host = from_dlpack(view.view((entry.spec.nbytes,), "uint8"))
         home = self._home_view(entry)
         for member in entry.members:
-            _copy_span(member, host)
+            copy_span(member, host)
         self._moved(entry)
         for member in entry.members:
             self._point(member, home_tensor(home, member))
@@ -157,7 +157,7 @@ class Placed:
     def _move(self, entry: Entry, flat: torch.Tensor) -> None:
         """Copy an entry's bytes into `flat`, and point its tensors there."""
         for member in entry.members:
-            _copy_span(member, flat)
+            copy_span(member, flat)
         self._moved(entry)
         for member in entry.members:
             self._point(member, tensor_in(flat, member.byte_offset, member.spec))
@@ -310,7 +310,7 @@ class Placed:
     def _restore(self, entry: Entry, flat: torch.Tensor) -> None:
         ours = [member for member in entry.members if self._is_ours(member)]
         for member in ours:
-            _copy_span(member, flat)
+            copy_span(member, flat)
         for member in ours:
             exchange_data(member.tensor, tensor_in(flat, member.byte_offset, member.spec))
 
@@ -324,6 +324,7 @@ def _put(outer: Outer, tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _copy_span(member: Member, flat: torch.Tensor) -> None:
+def copy_span(member: Member, flat: torch.Tensor) -> None:
+    """Copy a member's bytes to their place in its entry's."""
     if member.spec.nbytes:
         flat[member.byte_offset : member.byte_offset + member.spec.nbytes].copy_(bytes_of(plain_data(member.tensor)))
