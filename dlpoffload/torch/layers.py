@@ -88,7 +88,7 @@ class Layer:
         tensor = member.tensor
         if tensor.is_meta:
             self.former[id(tensor)] = torch.device("cpu")
-            twins.append((tensor, realise(tensor, member.name, home.device)))
+            twins.append((tensor, realise(tensor, home.device)))
         else:
             self.former[id(tensor)] = tensor.device
         exchange_data(tensor, home)

@@ -113,7 +113,7 @@ class Loading(Origin):
         self._placed.append((entry, _former(entry)))
         for member, home in zip(entry.members, homes, strict=True):
             if member.tensor.is_meta:
-                self._twins.append((member.tensor, realise(member.tensor, member.name, home.device)))
+                self._twins.append((member.tensor, realise(member.tensor, home.device)))
             else:
                 self._before.append((member.tensor, plain_data(member.tensor)))
             placed._point(member, home)

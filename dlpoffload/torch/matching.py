@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..checkpoint import Assembly, Recipe, assemblies, differences
-from ..errors import CheckpointError
+from ..errors import CheckpointError, SpecError
 from ..spec import TensorSpec
 from .meta import check_realisable
 from .tree import Entry, Member
@@ -77,6 +77,12 @@ def matched(
         for member in load.entry.members:
             if member.tensor.is_meta:
                 check_realisable(member.tensor, member.name)
+        for member, _ in load.parts:
+            if any(stride == 0 and n > 1 for n, stride in zip(member.spec.shape, member.spec.strides, strict=True)):
+                raise SpecError(
+                    f'"{member.name}" has strides {member.spec.strides}, so that elements share bytes and cannot be '
+                    "loaded; make it contiguous, or leave it out of the checkpoint"
+                )
     found = [load for load in loads if load.covered]
     if not found:
         raise CheckpointError(

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import copyreg
-import weakref
 from typing import Any, cast
 
 import torch
-from torch import utils
 
 from ..errors import SpecError
 
@@ -15,42 +12,32 @@ __all__ = ["check_realisable", "realise", "unrealise"]
 
 
 def check_realisable(tensor: torch.Tensor, name: str) -> None:
-    """Raise SpecError where a tensor on meta carries what would not come along."""
-    carried = {
-        "a gradient": tensor.grad is not None if tensor.is_leaf else False,
-        "hooks": bool(tensor._backward_hooks) or bool(getattr(tensor, "_post_accumulate_grad_hooks", None)),
-        "weak references": bool(weakref.getweakrefs(tensor)),
+    """Raise SpecError where a tensor on meta has what would not come along, or cannot be written."""
+    has = {
         "a computation that made it": not tensor.is_leaf,
+        "a gradient": tensor.is_leaf and tensor.grad is not None,
+        "hooks": bool(tensor._backward_hooks) or bool(getattr(tensor, "_post_accumulate_grad_hooks", None)),
+        "autograd holding on to it": cast(Any, tensor)._use_count() > 1,
     }
-    if found := [what for what, there in carried.items() if there]:
+    if found := [what for what, there in has.items() if there]:
         raise SpecError(
-            f'"{name}" is on meta and has {" and ".join(found)}, which a tensor with bytes in its place would not; '
-            "offload the module first, and add those afterwards"
+            f'"{name}" is on meta and has {" and ".join(found)}, which would be lost when it is given bytes; offload '
+            "the module first, and do that afterwards"
         )
 
 
-def realise(tensor: torch.Tensor, name: str, device: torch.device) -> torch.Tensor:
-    """Make a tensor on meta an empty one on `device`. Class, attributes and `requires_grad` stay.
+def realise(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Make a tensor on meta an empty one on `device`. The object, its class and attributes stay.
 
-    Returns the twin that is on meta instead, for `unrealise`.
+    Gives the twin that is on meta in its place, for `unrealise`. Not by ``.data``: torch refuses to change the kind of
+    device. Nor by `torch.utils.swap_tensors`, which exchanges class and attributes as well, and refuses objects that
+    have weak references: an ``nn.LSTM`` has one to each of its weights, and they are to stay.
     """
-    kind = type(tensor)
-    twin = torch.empty(0, dtype=tensor.dtype, device=device)
-    if kind is torch.Tensor:
-        twin.requires_grad_(tensor.requires_grad)
-    else:
-        twin = torch.Tensor._make_subclass(kind, twin, tensor.requires_grad)
-    twin.__dict__.update(tensor.__dict__)
-    for slot in cast(Any, copyreg)._slotnames(kind):
-        if hasattr(tensor, slot):
-            setattr(twin, slot, getattr(tensor, slot))
-    try:
-        cast(Any, utils).swap_tensors(tensor, twin)
-    except RuntimeError as error:
-        raise SpecError(f'"{name}" on meta cannot be given bytes in place: {error}') from error
+    twin = torch.empty(0, dtype=tensor.dtype, device=device, requires_grad=tensor.requires_grad)
+    cast(Any, torch._C)._swap_tensor_impl(tensor, twin)
     return twin
 
 
 def unrealise(tensor: torch.Tensor, twin: torch.Tensor) -> None:
     """Put a tensor back on meta."""
-    cast(Any, utils).swap_tensors(tensor, twin)
+    cast(Any, torch._C)._swap_tensor_impl(tensor, twin)
