@@ -10,9 +10,11 @@ from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Self
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, SpecError
 from ..spec import TensorSpec
+from .assembly import Assembly
 from .reading import Progress, read_into
+from .recipe import Recipe, assemblies, differences
 from .shard import Shard, open_shard, without_duplicates
 
 __all__ = ["Checkpoint", "open_checkpoint"]
@@ -75,8 +77,36 @@ class Checkpoint:
     ) -> None:
         self.close()
 
+    def assemblies(self, specs: Mapping[str, TensorSpec], recipe: Recipe | None = None) -> dict[str, Assembly]:
+        """What each of these tensors is made of; without a recipe, the stored tensor of its name.
+
+        Raises
+        ------
+        CheckpointError
+            Some are not here, or in another shape or dtype.
+        SpecError
+            The recipe means nothing, or the specs are not row-major.
+        """
+        for name, spec in specs.items():
+            if not spec.is_row_major:
+                raise SpecError(f'"{name}" is wanted as {spec}, but tensors are read row-major; leave its strides out')
+        made, lacking = assemblies(recipe or {}, specs, self.specs)
+        missing = (name for name in specs if name not in made)
+        wrong = [f'"{name}" is missing' + (f": {lacking[name]}" if name in lacking else "") for name in missing]
+        wrong += differences(made, specs)
+        if wrong:
+            more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+            raise CheckpointError(
+                f'"{self.path}" has not what is wanted: {"; ".join(wrong[:5])}{more}; correct specs, or make them by '
+                "a recipe"
+            )
+        return made
+
     def read_into(
-        self, slabs: Iterable[tuple[memoryview, Mapping[str, int]]], progress: Progress | None = None
+        self,
+        slabs: Iterable[tuple[memoryview, Mapping[str, int]]],
+        progress: Progress | None = None,
+        assemblies: Mapping[str, Assembly] | None = None,
     ) -> None:
         """Copy tensors from their files straight into slabs, on several threads.
 
@@ -88,14 +118,18 @@ class Checkpoint:
             Writable bytes, and where in them each tensor starts; taken over and released. One slab is read
             while the next is asked for, so that an iterator may allocate them one by one.
         progress
-            Told the bytes read so far, and `nbytes`.
+            Told the bytes read so far, and in all.
+        assemblies
+            What tensors in the slabs are made of, by `recipe.assemblies`; others are stored under their names.
 
         Raises
         ------
         CheckpointError
             A file cannot be read, ends early or changed since it was opened.
         """
-        read_into(self._homes, slabs, self.nbytes, progress)
+        made = assemblies or {}
+        nbytes = sum(assembly.spec.nbytes for assembly in made.values()) if made else self.nbytes
+        read_into(self._homes, slabs, nbytes, progress, made)
 
 
 def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:

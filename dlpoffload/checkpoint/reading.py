@@ -14,6 +14,7 @@ from queue import Empty, SimpleQueue
 from typing import Final
 
 from ..errors import CheckpointError
+from .assembly import Assembly
 from .shard import Shard
 
 __all__ = ["Progress", "read_into"]
@@ -23,21 +24,44 @@ Progress = Callable[[int, int], None]
 
 _READERS: Final = 8
 _READ_NBYTES: Final = 16 << 20
-_READ_PARTS: Final = 512
+_READ_PARTS: Final = 1022
 """Parts of one scattering read; Linux takes at most 1024 (IOV_MAX)."""
+_GAP_NBYTES: Final = 64 << 10
+"""Bytes between two runs that are read along, and dropped, sooner than asked for by a call of their own."""
+_DROPPED: Final = -1
+_PENDING: Final = 4 * _READERS
+"""Tasks handed to the threads and not done: enough to keep them busy, and few enough to describe."""
 
 
 @dataclass(slots=True)
 class _Read:
-    """One positional read: adjacent bytes of a file, scattered to parts of a slab as (byte offset, bytes)."""
+    """One positional read: a stretch of a file, scattered to parts of a slab as (byte offset, bytes).
+
+    The rows of a slice lie in the file with gaps between them. Those go to one scrap of memory that nobody reads, so
+    that the rows come into place by one call and without a copy.
+    """
 
     shard: Shard
     byte_offset: int
     parts: list[tuple[int, int]] = field(default_factory=list)
     nbytes: int = 0
+    dropped_nbytes: int = 0
 
-    def run(self, slab: memoryview) -> int:
-        targets = [slab[start : start + nbytes] for start, nbytes in self.parts]
+    @property
+    def end(self) -> int:
+        return self.byte_offset + self.nbytes
+
+    def add(self, gap: int, target: int, nbytes: int) -> None:
+        if gap:
+            self.parts.append((_DROPPED, gap))
+            self.dropped_nbytes += gap
+        self.parts.append((target, nbytes))
+        self.nbytes += gap + nbytes
+
+    def run(self, slab: memoryview, scrap: memoryview) -> int:
+        targets = [
+            scrap[:nbytes] if start == _DROPPED else slab[start : start + nbytes] for start, nbytes in self.parts
+        ]
         first, done = 0, 0
         try:
             while first < len(targets):
@@ -54,7 +78,7 @@ class _Read:
             # A traceback on its way out holds this frame, and the memory must be free for all that.
             for target in targets:
                 target.release()
-        return done
+        return done - self.dropped_nbytes
 
     def _preadv(self, targets: list[memoryview], byte_offset: int) -> int:
         try:
@@ -75,26 +99,31 @@ def read_into(
     slabs: Iterable[tuple[memoryview, Mapping[str, int]]],
     nbytes: int,
     progress: Progress | None,
+    assemblies: Mapping[str, Assembly],
 ) -> None:
     """Fill slabs from the files that each tensor lies in; see `Checkpoint.read_into`."""
     held: list[memoryview] = []
     ended: SimpleQueue[Future[int]] = SimpleQueue()
     pending = done = 0
+    scrap = memoryview(bytearray(_GAP_NBYTES))
     pool = ThreadPoolExecutor(_READERS, thread_name_prefix="dlpoffload-read")
+
+    def collect(most: int, *, block: bool) -> None:
+        nonlocal pending, done
+        for count in _ended(ended, most, block=block):
+            pending, done = pending - 1, done + count
+            if progress is not None:
+                progress(done, nbytes)
+
     try:
         for slab, byte_offsets in slabs:
             held.append(slab)
-            for reads in _together(_reads(homes, byte_offsets)):
-                pool.submit(_run, reads, slab).add_done_callback(ended.put)
+            for reads in _together(_reads(homes, byte_offsets, assemblies)):
+                pool.submit(_run, reads, slab, scrap).add_done_callback(ended.put)
                 pending += 1
-            for count in _ended(ended, pending, block=False):
-                pending, done = pending - 1, done + count
-                if progress is not None:
-                    progress(done, nbytes)
-        for count in _ended(ended, pending, block=True):
-            done += count
-            if progress is not None:
-                progress(done, nbytes)
+                collect(pending - _PENDING, block=True)
+            collect(pending, block=False)
+        collect(pending, block=True)
     finally:
         pool.shutdown(cancel_futures=True)  # returns when no thread writes any more
         for slab in held:
@@ -104,7 +133,7 @@ def read_into(
 
 
 def _ended(ended: SimpleQueue[Future[int]], pending: int, *, block: bool) -> Iterator[int]:
-    """Bytes of the reads that have ended; of all that are pending when `block`. Raises what a read raised."""
+    """Bytes of the reads that have ended, of so many when `block`. Raises what a read raised."""
     for _ in range(pending):
         try:
             future = ended.get(block)
@@ -113,8 +142,8 @@ def _ended(ended: SimpleQueue[Future[int]], pending: int, *, block: bool) -> Ite
         yield future.result()
 
 
-def _run(reads: list[_Read], slab: memoryview) -> int:
-    return sum(read.run(slab) for read in reads)
+def _run(reads: list[_Read], slab: memoryview, scrap: memoryview) -> int:
+    return sum(read.run(slab, scrap) for read in reads)
 
 
 def _together(reads: Iterable[_Read]) -> Iterator[list[_Read]]:
@@ -131,33 +160,41 @@ def _together(reads: Iterable[_Read]) -> Iterator[list[_Read]]:
         yield together
 
 
-def _reads(homes: Mapping[str, Shard], byte_offsets: Mapping[str, int]) -> Iterator[_Read]:
+def _reads(
+    homes: Mapping[str, Shard], byte_offsets: Mapping[str, int], assemblies: Mapping[str, Assembly]
+) -> Iterator[_Read]:
     """The reads that fill one slab: neighbours in a file together, large tensors in pieces."""
     read: _Read | None = None
-    for shard, source, target, nbytes in _extents(homes, byte_offsets):
+    for shard, source, target, nbytes in _extents(homes, byte_offsets, assemblies):
+        gap = 0 if read is None else source - read.end
         if read is not None and not (
             read.shard is shard
-            and read.byte_offset + read.nbytes == source
-            and read.nbytes + nbytes <= _READ_NBYTES
+            and 0 <= gap <= _GAP_NBYTES
+            and read.nbytes + gap + nbytes <= _READ_NBYTES
             and len(read.parts) < _READ_PARTS
         ):
             yield read
             read = None
         if read is None:
-            read = _Read(shard, source)
-        read.parts.append((target, nbytes))
-        read.nbytes += nbytes
+            read, gap = _Read(shard, source), 0
+        read.add(gap, target, nbytes)
     if read is not None:
         yield read
 
 
-def _extents(homes: Mapping[str, Shard], byte_offsets: Mapping[str, int]) -> list[tuple[Shard, int, int, int]]:
+def _extents(
+    homes: Mapping[str, Shard], byte_offsets: Mapping[str, int], assemblies: Mapping[str, Assembly]
+) -> Iterator[tuple[Shard, int, int, int]]:
     """Of every piece: file, byte offset in it, byte offset in the slab, bytes; in the order of the files."""
-    found = []
-    for name, target in byte_offsets.items():
-        shard = homes[name]
-        stored = shard.tensors[name]
-        for start in range(0, stored.nbytes, _READ_NBYTES):
-            nbytes = min(_READ_NBYTES, stored.nbytes - start)
-            found.append((shard, stored.byte_offset + start, target + start, nbytes))
-    return sorted(found, key=lambda extent: (extent[0].file.fileno(), extent[1]))
+    boxes = []
+    for name, start in byte_offsets.items():
+        made = assemblies.get(name) or Assembly.whole(name, homes[name].tensors[name].spec)
+        spec = made.spec
+        for box in made.boxes:
+            shard = homes[box.name]
+            boxes.append((shard, shard.tensors[box.name].byte_offset, box, spec, start))
+    for shard, stored, box, spec, start in sorted(boxes, key=lambda b: (b[0].file.fileno(), b[1] + b[2].first_byte)):
+        for run in box.runs(spec):
+            for done in range(0, run.nbytes, _READ_NBYTES):
+                nbytes = min(_READ_NBYTES, run.nbytes - done)
+                yield shard, stored + run.source + done, start + run.target + done, nbytes

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..background import Background
-from ..checkpoint import Progress, open_checkpoint
+from ..checkpoint import Progress, Recipe, open_checkpoint
 from ..errors import AliasError, HostMemoryError, RegistrationError, SpecError
 from ..pages import HugePages
 from ..spec import TensorSpec
@@ -116,6 +116,8 @@ class HostStore(StoredTensors):
         host_budget: int | str | None = None,
         background: bool = False,
         progress: Progress | None = None,
+        specs: Mapping[str, TensorSpec] | None = None,
+        recipe: Recipe | None = None,
     ) -> HostStore:
         """Copy named tensors, or a checkpoint in safetensors, into new pinned memory of exactly their size.
 
@@ -134,12 +136,17 @@ class HostStore(StoredTensors):
             Pin and read buffer after buffer on a thread; only of a path. What is used meanwhile is read at once.
         progress
             Called with bytes done and bytes in all.
+        specs
+            Of a path: the tensors that are wanted, row-major, when they are not those that are stored.
+        recipe
+            How those are made of stored ones; see `checkpoint.recipe`. Slices and concatenations are read into place.
 
         Raises
         ------
         CheckpointError
-            The checkpoint is damaged, truncated, incomplete, or changed while it was read.
+            The checkpoint is damaged, truncated, incomplete, or changed while it was read, or has not what is wanted.
         SpecError, AliasError
+            `specs` or `recipe` mean nothing or have no effect.
             Something in the mapping gives no view of its memory; the message names it.
         HostMemoryError
             The machine has not that much to give.
@@ -147,7 +154,9 @@ class HostStore(StoredTensors):
         owner = f'HostStore.copy_of "{source}"' if isinstance(source, str | os.PathLike) else "HostStore.copy_of"
         memory = Memory.checked(device, owner, pageable, huge_pages, numa_node, host_budget)
         if isinstance(source, str | os.PathLike):
-            return cls._copy_of_file(Path(source), units, memory, background, progress)
+            return cls._copy_of_file(Path(source), units, memory, background, progress, specs, recipe)
+        if specs is not None or recipe is not None:
+            raise SpecError("specs= and recipe= say how to read a checkpoint; a mapping has its own names and specs")
         if not isinstance(source, Mapping):
             raise SpecError(
                 f"a store is a copy of a mapping from names to tensors, or of a path, not of a {type(source).__name__}"
@@ -172,24 +181,34 @@ class HostStore(StoredTensors):
 
     @classmethod
     def _copy_of_file(
-        cls, path: Path, units: Units | None, memory: Memory, background: bool, progress: Progress | None
+        cls,
+        path: Path,
+        units: Units | None,
+        memory: Memory,
+        background: bool,
+        progress: Progress | None,
+        specs: Mapping[str, TensorSpec] | None,
+        recipe: Recipe | None,
     ) -> HostStore:
         with ExitStack() as undo:
             checkpoint = undo.enter_context(open_checkpoint(path))
-            checked = checked_units(checkpoint.specs, units)
+            if recipe is not None and specs is None:
+                raise SpecError("a recipe makes the tensors that specs= names; pass specs= as well")
+            made = None if specs is None else checkpoint.assemblies(specs, recipe)
+            wanted = checkpoint.specs if specs is None else specs
+            checked = checked_units(wanted, units)
             if background:
-                store = cls(read_contents(checkpoint, checked, memory), checked, memory)
+                store = cls(read_contents(checkpoint, wanted, checked, memory, made), checked, memory)
                 memory.check(store._to_allocate)
                 store._pin(progress, (0, checkpoint.close))
                 weakref.finalize(store, checkpoint.close)  # cancelled, or dropped: what is not read will not be
                 undo.pop_all()
                 return store
-            contents = anonymous_contents(checkpoint.specs, checked, memory)
+            contents = anonymous_contents(wanted, checked, memory)
             store = cls(contents, checked, memory)
             undo.callback(store._discard)
             memory.check(store._to_allocate)
-            slabs = ((home.open()[0].memoryview(), offsets) for home, offsets in contents.offsets())
-            checkpoint.read_into(slabs, progress)
+            checkpoint.read_into(store.memoryviews(), progress, made)
             undo.pop_all()
             checkpoint.close()
         return store

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Literal
 
 from ..blocks import check_pinning
-from ..checkpoint import Checkpoint
+from ..checkpoint import Assembly, Checkpoint
 from ..driver import open_driver
 from ..errors import HostMemoryError, SpecError
 from ..lifetime import owned_by
@@ -131,10 +131,16 @@ def anonymous_contents(
     return contents
 
 
-def read_contents(checkpoint: Checkpoint, units: Mapping[str, tuple[str, ...]], memory: Memory) -> Contents:
+def read_contents(
+    checkpoint: Checkpoint,
+    specs: Mapping[str, TensorSpec],
+    units: Mapping[str, tuple[str, ...]],
+    memory: Memory,
+    made: Mapping[str, Assembly] | None,
+) -> Contents:
     """The same for a checkpoint, each home read from its files when it is made."""
 
     def fill(buffer: HostBuffer, byte_offsets: Mapping[str, int]) -> None:
-        checkpoint.read_into([(buffer.memoryview(), byte_offsets)])
+        checkpoint.read_into([(buffer.memoryview(), byte_offsets)], assemblies=made)
 
-    return anonymous_contents(checkpoint.specs, units, memory, fill)
+    return anonymous_contents(specs, units, memory, fill)

@@ -15,8 +15,9 @@ except ImportError as error:
         "dlpoffload.torch needs PyTorch 2.9 or newer: pip install 'dlpoffload[torch]'"
     ) from error
 
+from .building import Offloader
 from .handle import OffloadHandle
 from .offload import offload_
 from .report import Report
 
-__all__ = ["OffloadHandle", "Report", "offload_"]
+__all__ = ["OffloadHandle", "Offloader", "Report", "offload_"]

@@ -18,6 +18,7 @@ from ..transfer import Link, measure_link
 from .copying import DeepCopy, refuse_copy, refuse_pickle
 from .installed import MARK, Installed
 from .offloading import Offloading
+from .origin import Start
 from .placed import Placed
 from .report import Report, snapshot
 from .subclasses import find, inner_tensors, wraps_others
@@ -40,13 +41,13 @@ class OffloadHandle:
     module : torch.nn.Module
     """
 
-    def __init__(self, module: nn.Module, offloading: Offloading) -> None:
+    def __init__(self, module: nn.Module, offloading: Offloading, start: Start | None = None) -> None:
         self.module = module
         self._offloading = offloading
         self._lock = threading.RLock()
         self._restored = False
         self._awake: Plan | None = None  # while asleep, the plan to wake to
-        self._install(offloading.place(module))
+        self._install(offloading.place(module, start=start))
 
     def _install(self, placed: Placed, *, asleep: bool = False) -> None:
         self._placed = placed
@@ -57,6 +58,7 @@ class OffloadHandle:
             with torch.inference_mode(False), torch.no_grad():
                 placed.undo()
             raise
+        placed.settle()
         self._names = {
             name: (entry, member, holder, attribute)
             for entry in placed.entries.values()

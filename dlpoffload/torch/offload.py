@@ -6,13 +6,16 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
+from ..checkpoint import Recipe
 from ..driver import open_driver
-from ..errors import OffloadError
+from ..errors import OffloadError, PlanError
 from ..planning import CostModel, Policy, balanced
 from .handle import OffloadHandle
+from .loading import FromCheckpoint
 from .offloading import Offloading, Pageable
+from .sources import Weights, open_source
 
-__all__ = ["offload_"]
+__all__ = ["offload_", "refuse_offloaded"]
 
 
 def offload_(
@@ -26,6 +29,9 @@ def offload_(
     cost: CostModel | None = None,
     pageable: Pageable = "never",
     stage_unmapped: bool = False,
+    checkpoint: Weights | None = None,
+    recipe: Recipe | None = None,
+    strict: bool = True,
 ) -> OffloadHandle:
     """Offload a module's parameters and buffers under a budget of device memory, in place.
 
@@ -39,7 +45,7 @@ def offload_(
     Parameters
     ----------
     module
-        Any module, on the CPU or on a device. Modules on ``meta`` have no bytes to offload.
+        Any module, on the CPU or on a device; with `checkpoint` on ``meta``, wholly or partly.
     device_budget
         Bytes on the device for residents and ring together, or such as ``"20GiB"``. Activations do not count.
     device
@@ -59,6 +65,16 @@ def offload_(
     stage_unmapped
         Where the device cannot map host memory, or it is pageable: stage what would be mapped, each tensor as a unit
         of its own. Otherwise that is an error.
+    checkpoint
+        Where the weights are read from, straight to where they will live: a safetensors file, an index or a folder,
+        an open `Checkpoint`, or a mapping from names to tensors. Tensors on ``meta`` become real, as the same objects,
+        and are on the CPU when the module is restored. What is not on ``meta`` is read over where it is stored, and
+        kept where it is not.
+    recipe
+        How the module's tensors are made of stored ones by slices and concatenations; see `checkpoint.recipe`.
+    strict
+        As in ``load_state_dict``. False keeps what is not on ``meta`` and not stored, and ignores what is stored and
+        not asked for.
 
     Raises
     ------
@@ -73,10 +89,23 @@ def offload_(
         The module, or one inside it, is offloaded already.
     HostMemoryError, DeviceMemoryError
         Memory was refused.
+    CheckpointError
+        The checkpoint is damaged, or does not fit the module; the message names every tensor and what to do.
 
-    After any error the module is as it was.
+    After any error the module is as it was; what was on ``meta`` still is.
     """
+    if checkpoint is None and (recipe is not None or not strict):
+        raise PlanError("recipe= and strict= say how a checkpoint is read, so without checkpoint= they have no effect")
     offloading = Offloading(open_driver(device), device_budget, units, slots, policy, cost, pageable, stage_unmapped)
+    refuse_offloaded(module)
+    if checkpoint is None:
+        return OffloadHandle(module, offloading)
+    with open_source(checkpoint) as source:
+        return OffloadHandle(module, offloading, FromCheckpoint(source, recipe, strict))
+
+
+def refuse_offloaded(module: nn.Module) -> None:
+    """Raise OffloadError where a module, or one inside of it, is offloaded."""
     for path, inside in module.named_modules():
         handle = OffloadHandle.of(inside)
         if handle is not None:
@@ -84,4 +113,3 @@ def offload_(
                 f'"{path or type(module).__name__}" is offloaded already, to {handle.device}; '
                 "restore_() that first, or offload the outer module once"
             )
-    return OffloadHandle(module, offloading)

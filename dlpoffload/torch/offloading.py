@@ -13,6 +13,7 @@ from torch import nn
 from ..driver import Driver
 from ..errors import HostMemoryError, PlanError, RegistrationError
 from ..planning import CostModel, Plan, Policy, Unit, UnitTree, all_mapped, choose_units, plan
+from .origin import Start
 from .placed import Former, Placed
 from .tree import Entry, collect, unit_tree
 
@@ -40,12 +41,14 @@ class Offloading:
         if self.policy is all_mapped and (self.units is not None or self.slots is not None):
             raise PlanError("policy=all_mapped stages nothing, so units and slots have no effect; leave them out")
 
-    def plan(self, module: nn.Module, *, pinned: bool, former: Sequence[Unit] = ()) -> tuple[list[Entry], Plan]:
+    def plan(
+        self, module: nn.Module, *, pinned: bool, former: Sequence[Unit] = (), meta: bool = False
+    ) -> tuple[list[Entry], Plan]:
         """Each distinct tensor of a module, and where it is to live. Changes nothing.
 
         The units stay those of the former plan where the budget allows it.
         """
-        entries = collect(module)
+        entries = collect(module, meta=meta)
         if not any(entry.spec.nbytes for entry in entries):
             raise PlanError(f"a {type(module).__name__} without parameters and buffers has nothing to offload")
         tree = unit_tree(module, entries)
@@ -82,17 +85,17 @@ class Offloading:
         loose = (name for name in tree.specs() if name not in inside and name not in around)
         return [*chosen, *(Unit(name, (name,)) for name in loose)]
 
-    def place(self, module: nn.Module, former: Former | None = None) -> Placed:
+    def place(self, module: nn.Module, former: Former | None = None, start: Start | None = None) -> Placed:
         """Plan, and put everything in its place. After an error every tensor is in memory of its former kind."""
         with torch.inference_mode(False), torch.no_grad():
             if self.pageable == "always":
-                return self._place(module, former, pinned=False)
+                return self._place(module, former, start, pinned=False)
             try:
-                return self._place(module, former, pinned=True)
+                return self._place(module, former, start, pinned=True)
             except (HostMemoryError, RegistrationError) as refused:
                 if self.pageable == "never":
                     raise
-                placed = self._place(module, former, pinned=False)
+                placed = self._place(module, former, start, pinned=False)
                 placed.pageable_because = str(refused)
                 return placed
 
@@ -103,6 +106,8 @@ class Offloading:
         placed.pageable_because = former.pageable_because
         return placed
 
-    def _place(self, module: nn.Module, former: Former | None, *, pinned: bool) -> Placed:
-        entries, decided = self.plan(module, pinned=pinned)
-        return Placed(module, entries, decided, self.driver, pinned=pinned, former=former)
+    def _place(self, module: nn.Module, former: Former | None, start: Start | None, *, pinned: bool) -> Placed:
+        entries, decided = self.plan(module, pinned=pinned, meta=start is not None and start.meta)
+        origin = None if start is None else start.origin(module, entries, pinned=pinned)
+        before = former if start is None else Former(dict(start.former), None, {})
+        return Placed(module, entries, decided, self.driver, pinned=pinned, former=before, origin=origin)

@@ -17,13 +17,14 @@ from ..planning import Placement, Plan
 from ..store import HostStore
 from ..transfer import Prefetcher, SlotRing
 from ..view import View
+from .origin import Origin
 from .staging import StagedMember, StagedUnit, Stager, home_tensor
 from .subclasses import inner_tensors, rebuilt
 from .tensors import bytes_of, empty_bytes, overwrite, tensor_in, torch_device
 from .tree import Entry, Member, Outer
 from .watched import exchange_data, plain_data, unwatch, watch
 
-__all__ = ["Former", "Placed"]
+__all__ = ["Former", "Placed", "copy_span"]
 
 
 @dataclass(eq=False, slots=True)
@@ -71,6 +72,7 @@ class Placed:
         *,
         pinned: bool = True,
         former: Former | None = None,
+        origin: Origin | None = None,
     ) -> None:
         self.module = module
         self.plan = decided
@@ -81,6 +83,7 @@ class Placed:
         self.mapped = pinned and driver.capabilities().map_host_memory
         self.entries = {entry.name: entry for entry in entries}
         self.stager: Stager | None = None
+        self._origin = origin or Origin()
         self.store = self._allocate_store()
         self._before = former.devices if former is not None else {}
         if self.store is not None and former is not None and former.store is not None:
@@ -92,8 +95,10 @@ class Placed:
         try:
             # The ring first: what cannot run must fail before a weight has moved.
             slots = [empty_bytes(decided.slot_nbytes, self.device) for _ in range(decided.slots)]
+            self._origin.fill(self)
             for entry in entries:
-                self._place(entry)
+                if not self._origin.place(self, entry):
+                    self._place(entry)
             self._relabel()
             if decided.slots:
                 self._stage(slots)
@@ -118,7 +123,7 @@ class Placed:
             return None
         return HostStore.allocate(
             {name: decided.specs[name] for name in names},
-            units={unit.name: unit.tensors for unit in decided.streamed_units},
+            units={unit.name: unit.tensors for unit in decided.streamed_units} | dict(self._origin.units(decided)),
             device=self.driver.device,
             pinned=self.pinned,
         )
@@ -167,7 +172,7 @@ class Placed:
         if _addresses(entry) != [home.data_ptr() for home in homes]:
             host = from_dlpack(self.store.host_view(entry.name).view((entry.spec.nbytes,), "uint8"))
             for member in entry.members:
-                _copy_span(member, host)
+                copy_span(member, host)
         self._moved(entry)
         for member, home in pairs:
             self._point(member, home)
@@ -179,7 +184,7 @@ class Placed:
     def _move(self, entry: Entry, flat: torch.Tensor) -> None:
         """Copy an entry's bytes into `flat`, and point its tensors there."""
         for member in entry.members:
-            _copy_span(member, flat)
+            copy_span(member, flat)
         self._moved(entry)
         for member in entry.members:
             self._point(member, tensor_in(flat, member.byte_offset, member.spec))
@@ -284,6 +289,12 @@ class Placed:
         torch.autograd.graph.increment_version(member.of_module[1])
 
     # ---------------------------------------------------------------------------------------- back
+    def settle(self) -> None:
+        """Say that the module is offloaded: from now on `undo` gives it ordinary memory, and not what it came with."""
+        for entry, device in self._origin.settle():
+            self._former[id(entry)] = entry, device
+        self._origin = Origin()
+
     def retire(self) -> None:
         """End staging; every tensor stays at home.
 
@@ -319,13 +330,14 @@ class Placed:
             if any(self._is_ours(member) for member in entry.members):
                 self._restore(entry, empty_bytes(entry.spec.nbytes, device))
             del self._former[key]
+        self._origin.rollback()
         self._homes.clear()
         self.store = None
 
     def _restore(self, entry: Entry, flat: torch.Tensor) -> None:
         ours = [member for member in entry.members if self._is_ours(member)]
         for member in ours:
-            _copy_span(member, flat)
+            copy_span(member, flat)
         for member in ours:
             exchange_data(member.tensor, tensor_in(flat, member.byte_offset, member.spec))
 
@@ -343,6 +355,7 @@ def _put(outer: Outer, tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _copy_span(member: Member, flat: torch.Tensor) -> None:
+def copy_span(member: Member, flat: torch.Tensor) -> None:
+    """Copy a member's bytes to their place in its entry's."""
     if member.spec.nbytes:
         flat[member.byte_offset : member.byte_offset + member.spec.nbytes].copy_(bytes_of(plain_data(member.tensor)))

@@ -47,8 +47,8 @@ def torch_dtype(spec: TensorSpec) -> torch.dtype:
     return found
 
 
-def spec_of(tensor: torch.Tensor, name: str = "tensor") -> TensorSpec:
-    """Shape, dtype and strides of a tensor.
+def spec_of(tensor: torch.Tensor, name: str = "tensor", *, meta: bool = False) -> TensorSpec:
+    """Shape, dtype and strides of a tensor; of one on meta only where that is allowed.
 
     Raises
     ------
@@ -62,8 +62,11 @@ def spec_of(tensor: torch.Tensor, name: str = "tensor") -> TensorSpec:
     if tensor.layout is not torch.strided or tensor.is_quantized:
         what = "quantised" if tensor.is_quantized else str(tensor.layout)
         raise SpecError(f'"{name}" is {what}; only tensors of plain strided memory are moved')
-    if tensor.is_meta:
-        raise SpecError(f'"{name}" is on the meta device and has no bytes; load the weights before offloading')
+    if tensor.is_meta and not meta:
+        raise SpecError(
+            f'"{name}" is on the meta device and has no bytes; pass checkpoint= to offload_, which reads it, or load '
+            "the weights before offloading"
+        )
     if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         raise SpecError(
             f'"{name}" is a {type(tensor).__name__}, which dispatches by itself and does not say of which tensors it '

@@ -90,8 +90,8 @@ class Entry:
     members: list[Member] = field(default_factory=list)
 
 
-def collect(root: nn.Module) -> list[Entry]:
-    """Every parameter and buffer of a module, tied ones joined."""
+def collect(root: nn.Module, *, meta: bool = False) -> list[Entry]:
+    """Every parameter and buffer of a module, tied ones joined; those on meta only where they are allowed."""
     members: dict[int, Member] = {}
     outers: dict[int, Outer] = {}
     seen: set[int] = set()
@@ -100,7 +100,7 @@ def collect(root: nn.Module) -> list[Entry]:
             name = f"{path}.{attribute}" if path else attribute
             member = members.get(id(tensor))
             if member is None:
-                member = members[id(tensor)] = Member(tensor, spec_of(tensor, name), 0)
+                member = members[id(tensor)] = Member(tensor, spec_of(tensor, name, meta=meta and outer is None), 0)
             if outer is not None:
                 known = outers.setdefault(
                     id(outer), Outer(outer, name.removesuffix(attribute) + attribute.split(".")[0])
@@ -129,12 +129,12 @@ def _own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor, torch.T
 def _overlapping(members: list[Member]) -> Iterator[list[Member]]:
     """Groups of members whose bytes overlap, in the order of their first member."""
     groups: dict[int, list[Member]] = {}
-    spans: dict[torch.device, list[tuple[int, int, Member]]] = {}
+    spans: dict[object, list[tuple[int, int, Member]]] = {}
     for member in members:
         groups[id(member)] = [member]
         if member.spec.nbytes:
-            start = member.tensor.data_ptr()
-            spans.setdefault(member.tensor.device, []).append((start, start + member.spec.nbytes, member))
+            where, start = _place_of(member.tensor)
+            spans.setdefault(where, []).append((start, start + member.spec.nbytes, member))
     for device_spans in spans.values():
         reach, joined = 0, None
         for start, end, member in sorted(device_spans, key=lambda span: span[:2]):
@@ -153,14 +153,22 @@ def _overlapping(members: list[Member]) -> Iterator[list[Member]]:
             yield sorted(group, key=members.index) if len(group) > 1 else group
 
 
+def _place_of(tensor: torch.Tensor) -> tuple[object, int]:
+    """In what address space a tensor lies, and where. On meta, where all addresses are zero, each storage is one."""
+    if tensor.is_meta:
+        return tensor.untyped_storage()._cdata, int(tensor.storage_offset()) * tensor.element_size()
+    return tensor.device, tensor.data_ptr()
+
+
 def _entry(group: list[Member]) -> Entry:
     first = group[0]
     if len(group) == 1:
         return Entry(first.name, first.spec, group)
-    start = min(member.tensor.data_ptr() for member in group)
-    end = max(member.tensor.data_ptr() + member.spec.nbytes for member in group)
-    for member in group:
-        member.byte_offset = member.tensor.data_ptr() - start
+    starts = [_place_of(member.tensor)[1] for member in group]
+    start = min(starts)
+    end = max(at + member.spec.nbytes for at, member in zip(starts, group, strict=True))
+    for at, member in zip(starts, group, strict=True):
+        member.byte_offset = at - start
     same = all(member.spec == first.spec and member.byte_offset == 0 for member in group)
     return Entry(first.name, first.spec if same else TensorSpec((end - start,), "uint8"), group)
 

@@ -53,6 +53,8 @@ ALIASING = {
     "HostStore.device_view": ALWAYS,
     "HostStore.slab": ALWAYS,
     "HostStore.take_over": ALWAYS,
+    "HostStore.memoryviews": ALWAYS,
+    "HostStore.adopt": ALWAYS,
     "HostStore.close": NO_BYTES,
     "View.view": ALWAYS,
     "View.memoryview": ALWAYS,
@@ -188,6 +190,17 @@ class Maker:
         memory = raw(former.host_view("w"))
         store.take_over(former, {"w"})
         return memory, raw(store.host_view("w"))
+
+    def hoststore_memoryviews(self) -> Pair:
+        store = self.store()
+        (view, starts) = next(store.memoryviews())
+        assert starts == {"w": 0}
+        return raw(store.host_view("w")), view
+
+    def hoststore_adopt(self) -> Pair:
+        buffer, store = self.host(), self.store()
+        store.adopt("unit", buffer)
+        return buffer.memoryview(), raw(store.host_view("w"))
 
     def view_view(self) -> Pair:
         view = self.host().host_view((NBYTES,), "uint8")

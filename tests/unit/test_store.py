@@ -582,3 +582,37 @@ def test_specs_that_are_none(specs: Any) -> None:
 def test_a_device_that_is_none() -> None:
     with pytest.raises(SpecError, match="gpu"):
         HostStore.allocate({"a": TensorSpec((3,), "int8")}, device="gpu")
+
+
+def test_adopted_buffers_are_a_units_bytes() -> None:
+    specs = {"a": TensorSpec((3,), "float32"), "b": TensorSpec((5,), "int8"), "c": TensorSpec((2,), "int8")}
+    units = {"first": ("a", "b"), "second": ("c",)}
+    buffer = HostBuffer.allocate(256 + 5, device="cpu")
+    buffer.memoryview()[256:261] = bytes(range(5))
+    with HostStore.allocate(specs, units=units, device="cpu") as store:
+        with pytest.raises(SpecError, match=r"takes a buffer of \(2, True, 'cpu'\), .* one of \(261, True, 'cpu'\)"):
+            store.adopt("second", buffer)
+        store.adopt("first", buffer)
+        assert bytes(store.host_view("b").memoryview()) == bytes(range(5))
+        assert store.pinned_nbytes == 261
+        with pytest.raises(SpecError, match="has memory already"):
+            store.adopt("first", buffer)
+        with pytest.raises(SpecError, match='no unit "third"'):
+            store.adopt("third", buffer)
+        with pytest.raises(SpecError, match=r"\(261, False, 'cpu'\)"):
+            HostStore.allocate(specs, units=units, device="cpu").adopt(
+                "first", HostBuffer.allocate(261, device="cpu", pinned=False)
+            )
+    assert buffer.closed, "it went with the store"
+
+
+def test_memoryviews_allocate_what_is_asked_for() -> None:
+    specs = {name: TensorSpec((300,), "int8") for name in "abc"}
+    with HostStore.allocate(specs, units={"first": ("a", "b")}, device="cpu") as store:
+        for view, starts in store.memoryviews({"b"}):
+            assert starts == {"b": 512}
+            view[starts["b"]] = 7
+            del view
+        assert store.host_nbytes == 512 + 300
+        assert store.host_view("b").memoryview()[0] == 7
+        assert [starts for _, starts in store.memoryviews()] == [{"a": 0, "b": 512}, {"c": 0}]

@@ -1,0 +1,57 @@
+"""Where the bytes of a module come from, when they are not simply copied from where its tensors are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import nn
+
+from ..planning import Plan
+from .tree import Entry
+
+if TYPE_CHECKING:
+    from .placed import Placed
+
+__all__ = ["Origin", "Start"]
+
+
+class Origin:
+    """Used by `Placed` while it places a module's tensors. This one does nothing: everything is copied."""
+
+    def units(self, decided: Plan) -> Mapping[str, tuple[str, ...]]:
+        """What shall have a slab of its own in the store, beside the streamed units."""
+        return {}
+
+    def fill(self, placed: Placed) -> None:
+        """Bring bytes into the store, before the first tensor is placed."""
+
+    def place(self, placed: Placed, entry: Entry) -> bool:
+        """Point an entry's tensors to where its bytes are. False leaves that, and copying them, to `placed`."""
+        return False
+
+    def rollback(self) -> None:
+        """Give what `place` pointed elsewhere the bytes that it had."""
+
+    def settle(self) -> Iterable[tuple[Entry, torch.device]]:
+        """Nothing can fail any more: let go of what was kept for that.
+
+        Returns what `place` took care of, and on which device it is to be when the module is restored.
+        """
+        return ()
+
+
+class Start(Protocol):
+    """What is special about offloading a module for the first time."""
+
+    @property
+    def meta(self) -> bool:
+        """Whether tensors may be on meta."""
+
+    @property
+    def former(self) -> Mapping[int, torch.device]:
+        """By id of the tensor object, on which device it was at first, where that is not where it is now."""
+
+    def origin(self, module: nn.Module, entries: list[Entry], *, pinned: bool) -> Origin:
+        """Made anew for each attempt."""
