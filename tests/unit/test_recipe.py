@@ -13,6 +13,7 @@ import pytest
 from dlpoffload import HostStore, TensorSpec
 from dlpoffload.checkpoint import Recipe, assemblies, concat, narrow, open_checkpoint, part, reading
 from dlpoffload.errors import CheckpointError, HostMemoryError, SpecError
+from dlpoffload.store.pinned import Memory
 
 np = pytest.importorskip("numpy")
 safetensors_numpy = pytest.importorskip("safetensors.numpy")
