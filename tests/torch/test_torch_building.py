@@ -29,7 +29,7 @@ from dlpoffload.errors import (  # noqa: E402
     SpecError,
 )
 from dlpoffload.planning import Placement, all_mapped, all_staged, pattern_policy  # noqa: E402
-from dlpoffload.torch import Offloader, OffloadHandle, offload_  # noqa: E402
+from dlpoffload.torch import Offloader, OffloadHandle, loading, offload_  # noqa: E402
 
 LAYERS = ["layers.*"]
 
@@ -237,6 +237,30 @@ def test_each_placement_from_meta(policy: Any, device: str, tmp_path: Path) -> N
     x = torch.ones(3, 32, device=device)
     with torch.no_grad():
         assert same(model(x), reference.to(device)(x))
+
+
+@pytest.mark.parametrize("form", ["file", "mapping"])
+def test_residents_pass_through_one_tensor_of_the_host(
+    form: str, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a device that files cannot be read into, which the CPU is here made to be."""
+    monkeypatch.setattr(loading, "_READABLE", ())
+    asked: list[int] = []
+    real = memory.allocate_pinned
+    monkeypatch.setattr(memory, "allocate_pinned", lambda n, driver: asked.append(n) or real(n, driver))
+    reference = case_of("unet_channels_last").model()
+    model = on_meta(case_of("unet_channels_last"), reference)
+    weights: Any = stored(reference) if form == "mapping" else saved(tmp_path, stored(reference))
+    before = pinned()
+    everything = pattern_policy({"*": "device"})
+    handle = offload_(model, "1GiB", device=device, policy=everything, checkpoint=weights)
+    assert handle.plan.names(Placement.DEVICE) == tuple(handle.plan.specs)
+    rows = [s.nbytes for s in handle.plan.specs.values() if s.is_row_major]
+    assert asked == [max(rows)]
+    assert pinned() == before
+    for name, tensor in reference.state_dict().items():
+        assert same(model.state_dict()[name], tensor), name
+        assert model.state_dict()[name].device == torch.device(device), name
 
 
 # ------------------------------------------------------------------------------------------------- recipes
@@ -726,7 +750,7 @@ def test_data_given_away_from_the_slab_is_taken_as_it_is(device: str) -> None:
     with Offloader("1MiB", device=device, policy=all_staged, units=LAYERS) as offloader:
         tower = tower_of(offloader.wrap(built(4, "meta")))
         load(tower, reference)
-        tower.layers[1].a.weight.data = reference.layers[1].a.weight.data.clone()
+        tower.layers[1].a.weight.data = reference.layers[1].a.weight.data.to(tower.layers[1].a.weight.device).clone()
         tower.layers[2].b.bias = nn.Parameter(reference.layers[2].b.bias.data.clone())
         handle = offloader.offload_(tower)
         for name, tensor in reference.state_dict().items():
