@@ -24,6 +24,13 @@ class Owner:
     def users(self) -> int:
         """References and capsules alive now (the owner's own count is not among them)."""
     def reference(self) -> Reference: ...
+    def lend(self) -> tuple[int, int]:
+        """Count one more user, in C: an argument, and the address of ``void (*)(void *)`` that gives the count up.
+
+        Whoever takes them calls the function once, with the argument, on whatever thread. RuntimeError after `release`.
+        """
+    def take_back(self) -> None:
+        """Give up a lent count on behalf of C code that did not take it."""
     def release(self) -> None:
         """Give up the owner's own count. Idempotent.
 

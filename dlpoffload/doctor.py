@@ -216,7 +216,7 @@ def check_devices(machine: Machine) -> Finding:
         for words, wanted in (("can", True), ("cannot", False)):
             names = [capability for capability, answer in can.items() if answer is wanted]
             says.append(f"  {words}: {', '.join(names) or 'nothing'}")
-        if driver.platform == "cuda" and (can["integrated"] or can["host_page_tables"]):
+        if driver.platform == "cuda" and driver.capabilities().memory != "separate":
             status = "note" if status == "ok" else status
             says.append(f"  {name} and the host share memory: copying weights over would be a loss here")
     return Finding(status, tuple(says), {"devices": rows})

@@ -19,8 +19,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from . import _native
+from ._native import Owner
 
-__all__ = ["Resource", "drain", "live", "lock", "own", "paused", "release_now"]
+__all__ = ["Owner", "Resource", "drain", "live", "lock", "own", "paused", "release_now"]
 
 
 @dataclass(frozen=True, slots=True)

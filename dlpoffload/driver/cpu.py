@@ -213,6 +213,9 @@ class CpuDriver:
     def capture_id(self, stream: int) -> int:
         return 0
 
+    def capture_hold(self, stream: int, argument: int, function: int) -> None:
+        raise cuda_error("cuStreamGetCaptureInfo", "CUDA_ERROR_INVALID_VALUE", f"stream {stream} captures nothing")
+
     def enqueue(self, stream: int, call: Callable[[], object]) -> None:
         """Enqueue a callable: a CPU "kernel". What it raises is raised at the next wait for the stream.
 

@@ -323,17 +323,30 @@ class CudaDriver:
         self._call("cuStreamWaitEvent", stream, event, 0)
 
     def capture_id(self, stream: int) -> int:
-        statuses = self._cuda.CUstreamCaptureStatus
-        if self._call("cuStreamIsCapturing", stream) == statuses.CU_STREAM_CAPTURE_STATUS_NONE:
+        none = self._cuda.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE
+        if self._call("cuStreamIsCapturing", stream) == none:
             return 0
+        return int(self._capture_info(stream)[0])
+
+    def capture_hold(self, stream: int, argument: int, function: int) -> None:
+        graph = self._capture_info(stream)[1]
+        destroy = self._cuda.CUhostFn(function)
+        no_sync = self._cuda.CUuserObject_flags.CU_USER_OBJECT_NO_DESTRUCTOR_SYNC
+        held = self._call("cuUserObjectCreate", argument, destroy, 1, no_sync)
+        # The graph gets a count of its own. Should that be refused, ours is never given up: the function is not called.
+        self._call("cuGraphRetainUserObject", graph, held, 1, 0)
+        self._call("cuUserObjectRelease", held, 1)
+
+    def _capture_info(self, stream: int) -> tuple[Any, Any]:
+        """Id and graph of the capture that is under way."""
         # In 12 the plain name refuses graphs whose edges carry data and _v3 does not; 13 has only the latter.
         call = "cuStreamGetCaptureInfo"
         third = f"{call}_v3"
-        status, capture, *_ = self._call(third if hasattr(self._cuda, third) else call, stream)
-        if status != statuses.CU_STREAM_CAPTURE_STATUS_ACTIVE:
+        status, capture, graph, *_ = self._call(third if hasattr(self._cuda, third) else call, stream)
+        if status != self._cuda.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_ACTIVE:
             hint = _HINTS["CUDA_ERROR_STREAM_CAPTURE_INVALIDATED"]
             raise cuda_error(call, "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED", hint)
-        return int(capture)
+        return capture, graph
 
     def event_create(self, *, timing: bool = False) -> int:
         return int(self._call("cuEventCreate", _EVENT_DEFAULT if timing else _DISABLE_TIMING))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 __all__ = ["Capabilities", "Driver", "PointerInfo"]
 
@@ -44,6 +44,11 @@ class Capabilities:
     pageable_memory_access: bool
     host_page_tables: bool
     integrated: bool
+
+    @property
+    def memory(self) -> Literal["separate", "coherent", "unified"]:
+        """What host memory is to the device: whether copies to it pay."""
+        return "unified" if self.integrated else "coherent" if self.host_page_tables else "separate"
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +138,14 @@ class Driver(Protocol):
 
     def capture_id(self, stream: int) -> int:
         """A number that names the graph capture `stream` takes part in; 0 when there is none."""
+        ...
+
+    def capture_hold(self, stream: int, argument: int, function: int) -> None:
+        """Let what `stream` captures call a C function, once, when nobody can replay it any more.
+
+        That is when the graph, its clones and everything instantiated from them are destroyed, and no replay runs.
+        The function makes no driver call. When this raises, it is never called.
+        """
         ...
 
     def event_create(self, *, timing: bool = False) -> int: ...

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 from ..errors import PlanError
 from ..spec import aligned, format_nbytes
+from .coherent import in_place
 from .request import Decision, Placement, PlanRequest, Unit
+from .spread import spread
 
 __all__ = ["balanced"]
 
@@ -59,13 +59,16 @@ def balanced(request: PlanRequest) -> dict[str, Decision]:
     4. whole units, spread evenly by bytes between the streamed ones, so that copies and compute overlap;
     5. gathered tensors, of which a step reads a few rows even when they are mapped.
 
-    Loose tensors that find no room are mapped.
+    Loose tensors that find no room are mapped. Where the device reads host memory coherently, nothing is streamed; see
+    `CostModel.memory`.
 
     Raises
     ------
     PlanError
         The ring does not fit; names the smallest budget with which it does.
     """
+    if request.cost.memory != "separate":
+        return in_place(request)
     groups, loose, decisions = _split(request)
     on_device = [name for name, placement in request.fixed.items() if placement is Placement.DEVICE]
     fixed_nbytes = request.resident_nbytes(on_device)
@@ -159,7 +162,7 @@ def _fill(
     # the ring may shrink once its largest unit has become resident, and make room for another round
     while True:
         free = [i for i, group in streamed.items() if not group.must_stream]
-        picked = [free[j] for j in _spread([groups[i].nbytes for i in free], room - ring)]
+        picked = [free[j] for j in spread([groups[i].nbytes for i in free], room - ring)]
         if not picked:
             break
         room -= sum(streamed.pop(i).nbytes for i in picked)
@@ -173,43 +176,6 @@ def _fill(
     )
     resident = frozenset(range(len(groups))) - streamed.keys()
     return _Choice(seconds, ring, resident, kept, decisions)
-
-
-def _spread(sizes: Sequence[int], room: int) -> list[int]:
-    """Pick indices, evenly by bytes, until no other fits in `room` bytes.
-
-    `count` picks lie at the middles of `count` equal stretches of the bytes. For equal sizes any two gaps
-    between neighbours differ by at most one, the gap from the last round to the first included: steps follow
-    each other.
-    """
-    ends = list(accumulate(sizes))
-    total = ends[-1] if ends else 0
-
-    def picks(count: int) -> list[int]:
-        hit = (bisect_right(ends, (2 * j + 1) * total // (2 * count)) for j in range(count))
-        return sorted(set(hit)) if total else []
-
-    fits, beyond = 0, len(sizes) + 1
-    while beyond - fits > 1:
-        middle = (fits + beyond) // 2
-        if sum(sizes[i] for i in picks(middle)) <= room:
-            fits = middle
-        else:
-            beyond = middle
-    picked = set(picks(fits))
-    room -= sum(sizes[i] for i in picked)
-    # sizes that differ leave gaps that something smaller fits in: furthest from its neighbours first
-    chosen = sorted(picked)
-
-    def distance(i: int) -> int:
-        at = bisect_right(chosen, i)
-        return min((abs(i - j) for j in chosen[max(at - 1, 0) : at + 1]), default=len(sizes))
-
-    for i in sorted(range(len(sizes)), key=lambda i: (-distance(i), i)):
-        if i not in picked and sizes[i] <= room:
-            picked.add(i)
-            room -= sizes[i]
-    return sorted(picked)
 
 
 def _explain(groups: Sequence[_Group], choice: _Choice) -> dict[str, Decision]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ..spec import TensorSpec, aligned
@@ -89,6 +89,25 @@ class Plan:
     def link_seconds(self) -> float:
         """Seconds that copying every streamed unit once takes at the cost model's rate."""
         return self.cost.seconds(staged_nbytes=self.nbytes(Placement.HOST_STAGED), mapped_nbytes=0)
+
+    def asleep(self) -> Plan:
+        """This plan with nothing on the device: what is resident is on the host beside the rest, and there is no ring.
+
+        Slabs of streamed units stay what they are.
+        """
+        apart = {name for unit in (*self.streamed_units, *self.resident_units) for name in unit.tensors}
+        others = tuple(name for name in self.names(Placement.DEVICE) if name not in apart)
+        slabs = (*self.streamed_units, *self.resident_units, *([Unit("asleep", others)] if others else []))
+        resident = set(self.names(Placement.DEVICE))
+        return replace(
+            self,
+            placements={n: Placement.HOST_STAGED if n in resident else p for n, p in self.placements.items()},
+            reasons={n: "resident, asleep" if n in resident else why for n, why in self.reasons.items()},
+            streamed_units=slabs,
+            resident_units=(),
+            slots=0,
+            slot_nbytes=0,
+        )
 
     def __rich__(self) -> Group:
         from .table import render

@@ -310,6 +310,25 @@ class HostStore:
                 region.buffer = HostBuffer.allocate(region.buffer_nbytes, device=self._device, pinned=self._pinned)
             return region.buffer
 
+    def take_over(self, former: HostStore, staying: Container[str]) -> None:
+        """Take buffers of the store that this one replaces: those of the same tensors in the same places.
+
+        *Aliasing*: the bytes of `former`, which is dropped afterwards, not closed. Nothing is copied.
+
+        Parameters
+        ----------
+        staying
+            Tensors whose bytes in `former` are to stay. A buffer that holds any other is not taken.
+        """
+        with self._lock, former._lock:
+            if (self._device, self._pinned) != (former._device, former._pinned):
+                return
+            known = {tuple(region.byte_offsets.items()): region for region in former._regions}
+            for region in self._regions:
+                same = known.get(tuple(region.byte_offsets.items()))
+                if same is not None and same.specs == region.specs and all(name in staying for name in region.specs):
+                    region.buffer = region.buffer or same.buffer
+
     def _buffers(self) -> list[HostBuffer]:
         return [region.buffer for region in self._regions if region.buffer is not None]
 

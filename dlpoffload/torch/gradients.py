@@ -14,6 +14,7 @@ import torch
 from torch.autograd.graph import get_gradient_edge
 
 from ..errors import GradientError
+from .compiling import uncompiled
 from .subclasses import wraps_others
 
 __all__ = ["guard_outputs", "refuse_gradients"]
@@ -33,6 +34,7 @@ def refuse_gradients(named: Iterable[tuple[str, torch.Tensor]]) -> list[torch.ut
     return hooks
 
 
+@uncompiled
 def guard_outputs(output: Any, named: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Let a backward through `output` look first whether it will reach one of these parameters."""
     trainable = [(name, _node_of(tensor)) for name, tensor in _once(named) if tensor.requires_grad]

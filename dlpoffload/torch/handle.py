@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Final, NoReturn
 
 import torch
 from torch import nn
 
-from ..errors import ClosedError, SpecError
+from ..errors import ClosedError, OffloadError, SpecError
+from ..lifetime import drain
 from ..planning import Plan
 from ..transfer import Link, measure_link
 from .copying import DeepCopy, refuse_copy, refuse_pickle
@@ -44,13 +46,14 @@ class OffloadHandle:
         self._offloading = offloading
         self._lock = threading.RLock()
         self._restored = False
+        self._awake: Plan | None = None  # while asleep, the plan to wake to
         self._install(offloading.place(module, start=start))
 
-    def _install(self, placed: Placed) -> None:
+    def _install(self, placed: Placed, *, asleep: bool = False) -> None:
         self._placed = placed
         self._plan = placed.plan
         try:
-            self._installed = Installed(self.module, placed, self, DeepCopy(self))
+            self._installed = Installed(self.module, placed, self, DeepCopy(self), asleep=asleep)
         except BaseException:
             with torch.inference_mode(False), torch.no_grad():
                 placed.undo()
@@ -78,6 +81,11 @@ class OffloadHandle:
     def device(self) -> str:
         """The device that the module runs on."""
         return self._placed.driver.device
+
+    @property
+    def asleep(self) -> bool:
+        """Whether the module sleeps: nothing of it on the device, and no call of it."""
+        return self._awake is not None
 
     @property
     def restored(self) -> bool:
@@ -126,6 +134,7 @@ class OffloadHandle:
                     if find(holder, attribute) is not member.tensor
                 ),
                 aliased_outputs=0 if stager is None else stager.aliased_outputs,
+                asleep=self.asleep,
             )
 
     # --------------------------------------------------------------------------------------- writes
@@ -229,24 +238,122 @@ class OffloadHandle:
         """
         with self._lock, torch.inference_mode(False), torch.no_grad():
             former = self._open()
+            self._check_awake("refreshed")
             self._offloading.plan(self.module, pinned=former.pinned)
             former.retire()
-            former.store = None  # its slabs live on as long as tensors are at home in them
+            record, former.store = former.former(), None
             self._installed.remove()
             self._restored = True  # should memory be refused, that is the state that is left
             try:
-                placed = self._offloading.place(self.module, former.former())
+                placed = self._offloading.place(self.module, record)
             except BaseException:
                 former.undo()  # what had not been placed anew yet
                 raise
             self._install(placed)
             self._restored = False
 
+    # ---------------------------------------------------------------------------------- device memory
+    def resize_(self, device_budget: int | str) -> None:
+        """Plan anew under another budget, and move what lives elsewhere now.
+
+        Slabs of units that are streamed before and after stay as they are, and so do units, where the new budget holds
+        their ring. Device memory that is given up goes back to the device, not only to torch's cache. Of a sleeping
+        module only the plan changes.
+
+        *Ordering*: waits for the device.
+
+        Raises
+        ------
+        PlanError, SpecError
+            The budget cannot hold the ring, or does not parse.
+        SlotError
+            A unit is running, or a captured graph can still be replayed: it would use slots that are gone. Named.
+        HostMemoryError, DeviceMemoryError, torch.OutOfMemoryError
+            Memory was refused.
+
+        After any error everything is as it was.
+        """
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            placed = self._open()
+            offloading = replace(self._offloading, device_budget=device_budget)
+            units = (self._awake or self._plan).units
+            _, decided = offloading.plan(self.module, pinned=placed.pinned, former=units)
+            if self._awake is not None:
+                self._awake = decided
+            else:
+                self._change(decided)
+            self._offloading = offloading
+
+    def sleep(self) -> None:
+        """Give up all device memory: residents go to the host, pinned as the rest, and the ring is freed. Idempotent.
+
+        The module cannot be called until `wake`; its weights can be read and written as ever.
+
+        *Ordering*: waits for the device.
+
+        Raises
+        ------
+        SlotError
+            A unit is running, or a captured graph can still be replayed. Named.
+        HostMemoryError
+            The residents find no room on the host.
+
+        After any error everything is as it was.
+        """
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            self._open()
+            if self._awake is None:
+                awake = self._plan
+                self._change(awake.asleep(), asleep=True)
+                self._awake = awake
+
+    def wake(self) -> None:
+        """Take the device memory back, and be callable again. Idempotent. Graphs are to be captured anew.
+
+        Raises
+        ------
+        DeviceMemoryError, torch.OutOfMemoryError
+            The device has no room: free some, or `resize_` first. The module still sleeps.
+        """
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            self._open()
+            if self._awake is not None:
+                self._change(self._awake)
+                self._awake = None
+
+    def _change(self, decided: Plan, *, asleep: bool = False) -> None:
+        """Place the module's tensors by another plan; by the present one again where memory is refused."""
+        former = self._open()
+        former.retire()
+        self._installed.remove()
+        self._restored = True
+        try:
+            placed = self._offloading.move(former, decided)
+        except BaseException:
+            # What had not moved yet is at home still, so this takes what was there before, and no more.
+            placed = self._offloading.move(former, former.plan)
+            self._install(placed, asleep=self.asleep)
+            self._restored = False
+            raise
+        former.store = None
+        self._install(placed, asleep=asleep)
+        self._restored = False
+        drain()
+        if placed.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _check_awake(self, what: str) -> None:
+        if self.asleep:
+            raise OffloadError(f"this module sleeps and cannot be {what}; wake() it first")
+
+    # ------------------------------------------------------------------------------------------ copies
+
     @contextmanager
     def uninstalled(self) -> Iterator[Placed]:
         """Take everything off the module for the length of a block, so that it can be copied."""
         with self._lock:
             placed = self._open()
+            self._check_awake("copied")
             with self._installed.suspended():
                 yield placed
 
@@ -271,6 +378,7 @@ class OffloadHandle:
                 self._installed.remove()
                 self._placed.undo()
                 self._restored = True
+                self._awake = None
         return self.module
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
@@ -280,5 +388,5 @@ class OffloadHandle:
         refuse_pickle(protocol)
 
     def __repr__(self) -> str:
-        state = "restored" if self._restored else f"on {self.device}"
+        state = "restored" if self._restored else f"asleep, of {self.device}" if self.asleep else f"on {self.device}"
         return f"<OffloadHandle of {type(self.module).__name__}, {state}>"

@@ -14,10 +14,10 @@ from .gradients import refuse_gradients
 from .moving import GuardedApply
 from .overrides import Overrides
 from .placed import Placed
-from .root import RootForward
+from .root import RootForward, SteppedForward
 from .staging import StagedForward
 from .state import guard_state_dicts
-from .wrapped import WrappedForward
+from .wrapped import SleepingForward, WrappedForward
 
 __all__ = ["MARK", "Installed"]
 
@@ -28,14 +28,19 @@ MARK = "_dlpoffload_handle"
 class Installed:
     """The forwards, hooks and attributes of one offloaded module; none of them when making it fails."""
 
-    def __init__(self, module: nn.Module, placed: Placed, handle: object, deep_copy: Any) -> None:
+    def __init__(
+        self, module: nn.Module, placed: Placed, handle: object, deep_copy: Any, *, asleep: bool = False
+    ) -> None:
         self._placed = placed
         stager = placed.stager
         units = [] if stager is None else list(stager.units.values())
         self.forwards: list[WrappedForward] = []
         if stager is not None:
             self.forwards += [StagedForward(stager, unit, m) for unit in units for m in unit.modules]
-        self.forwards.append(RootForward(placed, module))
+        if asleep:
+            self.forwards += [SleepingForward(inside) for inside in module.modules()]
+        else:
+            self.forwards.append((RootForward if stager is None else SteppedForward)(placed, module))
         self._units = units
         self._hooks: list[RemovableHandle] = []
         self._overrides = Overrides()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ from ..driver import Driver
 from ..errors import HostMemoryError, PlanError, RegistrationError
 from ..planning import CostModel, Plan, Policy, Unit, UnitTree, all_mapped, choose_units, plan
 from .origin import Start
-from .placed import Placed
+from .placed import Former, Placed
 from .tree import Entry, collect, unit_tree
 
 __all__ = ["Offloading", "Pageable"]
@@ -40,8 +41,13 @@ class Offloading:
         if self.policy is all_mapped and (self.units is not None or self.slots is not None):
             raise PlanError("policy=all_mapped stages nothing, so units and slots have no effect; leave them out")
 
-    def plan(self, module: nn.Module, *, pinned: bool, meta: bool = False) -> tuple[list[Entry], Plan]:
-        """Each distinct tensor of a module, and where it is to live. Changes nothing."""
+    def plan(
+        self, module: nn.Module, *, pinned: bool, former: Sequence[Unit] = (), meta: bool = False
+    ) -> tuple[list[Entry], Plan]:
+        """Each distinct tensor of a module, and where it is to live. Changes nothing.
+
+        The units stay those of the former plan where the budget allows it.
+        """
         entries = collect(module, meta=meta)
         if not any(entry.spec.nbytes for entry in entries):
             raise PlanError(f"a {type(module).__name__} without parameters and buffers has nothing to offload")
@@ -50,15 +56,17 @@ class Offloading:
         units = self.units
         mapped = pinned and self.driver.capabilities().map_host_memory
         chosen = self._with_loose(tree, slots) if self.stage_unmapped and not mapped else None
-        decided = plan(
-            tree,
-            self.device_budget,
-            units=units if chosen is None else chosen,
-            slots=slots,
-            policy=self.policy,
-            cost=self.cost,
-        )
-        return entries, decided
+        cost = self.cost
+        if cost is None and mapped:
+            cost = CostModel(memory=self.driver.capabilities().memory)
+
+        def planned(units: Any) -> Plan:
+            return plan(tree, self.device_budget, units=units, slots=slots, policy=self.policy, cost=cost)
+
+        if former and self.policy is not all_mapped:
+            with suppress(PlanError):
+                return entries, planned(former)
+        return entries, planned(units if chosen is None else chosen)
 
     def _with_loose(self, tree: UnitTree, slots: int) -> list[Unit]:
         """The units, and each tensor that is in none as a unit of its own, so that it need not be mapped."""
@@ -77,9 +85,7 @@ class Offloading:
         loose = (name for name in tree.specs() if name not in inside and name not in around)
         return [*chosen, *(Unit(name, (name,)) for name in loose)]
 
-    def place(
-        self, module: nn.Module, former: Mapping[int, torch.device] | None = None, start: Start | None = None
-    ) -> Placed:
+    def place(self, module: nn.Module, former: Former | None = None, start: Start | None = None) -> Placed:
         """Plan, and put everything in its place. After an error every tensor is in memory of its former kind."""
         with torch.inference_mode(False), torch.no_grad():
             if self.pageable == "always":
@@ -93,10 +99,16 @@ class Offloading:
                 placed.pageable_because = str(refused)
                 return placed
 
-    def _place(
-        self, module: nn.Module, former: Mapping[int, torch.device] | None, start: Start | None, *, pinned: bool
-    ) -> Placed:
+    def move(self, former: Placed, decided: Plan) -> Placed:
+        """Place a module by another plan, in memory of the same kind, after `former` was retired."""
+        module = former.module
+        placed = Placed(module, collect(module), decided, self.driver, pinned=former.pinned, former=former.former())
+        placed.pageable_because = former.pageable_because
+        return placed
+
+    def _place(self, module: nn.Module, former: Former | None, start: Start | None, *, pinned: bool) -> Placed:
         entries, decided = self.plan(module, pinned=pinned, meta=start is not None and start.meta)
-        origin = None if start is None else start.origin(module, entries, pinned=pinned)
-        before = former if start is None else start.former
-        return Placed(module, entries, decided, self.driver, pinned=pinned, former=before, origin=origin)
+        origin = None
+        if start is not None:
+            former, origin = Former(dict(start.former), None, {}), start.origin(module, entries, pinned=pinned)
+        return Placed(module, entries, decided, self.driver, pinned=pinned, former=former, origin=origin)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .compiling import uncompiled
 from .subclasses import inner_tensors, rebuilt, wraps_others
 
 __all__ = ["detached_from", "lies_in"]
@@ -22,6 +23,7 @@ def lies_in(tensor: torch.Tensor, storage: int) -> bool:
     return bool(tensor.untyped_storage().data_ptr() == storage)
 
 
+@uncompiled
 def detached_from(output: Any, slot: torch.Tensor, own: Collection[int]) -> tuple[Any, int]:
     """Replace tensors that lie in `slot` by copies, in tensors, tuples, lists, dicts and dataclasses.
 

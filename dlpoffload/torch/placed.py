@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -23,7 +24,26 @@ from .tensors import bytes_of, empty_bytes, overwrite, tensor_in, torch_device
 from .tree import Entry, Member, Outer
 from .watched import exchange_data, plain_data, unwatch, watch
 
-__all__ = ["Placed", "copy_span"]
+__all__ = ["Former", "Placed", "copy_span"]
+
+
+@dataclass(eq=False, slots=True)
+class Former:
+    """What a module that is placed anew was before.
+
+    Attributes
+    ----------
+    devices : dict of int to torch.device
+        By id of the tensor object, where each tensor was before it was offloaded at first.
+    store : HostStore or None
+        Where they are at home now. Slabs that stay what they are are taken over, and the store is let go of then.
+    homes : dict of str to list of int
+        For each entry, where its members' data is.
+    """
+
+    devices: dict[int, torch.device]
+    store: HostStore | None
+    homes: dict[str, list[int]]
 
 
 class Placed:
@@ -51,7 +71,7 @@ class Placed:
         driver: Driver,
         *,
         pinned: bool = True,
-        former: Mapping[int, torch.device] | None = None,
+        former: Former | None = None,
         origin: Origin | None = None,
     ) -> None:
         self.module = module
@@ -65,7 +85,10 @@ class Placed:
         self.stager: Stager | None = None
         self._origin = origin or Origin()
         self.store = self._allocate_store()
-        self._before = dict(former or {})
+        self._before = former.devices if former is not None else {}
+        if self.store is not None and former is not None and former.store is not None:
+            self.store.take_over(former.store, {e.name for e in entries if former.homes.get(e.name) == _addresses(e)})
+            former.store = None  # the slabs that remain live as long as tensors are at home in them
         self._former: dict[int, tuple[Entry, torch.device]] = {}
         self._relabelled: list[tuple[Outer, torch.Tensor]] = []
         self._homes: dict[int, int] = {}  # where the data of each member that we moved is
@@ -77,7 +100,7 @@ class Placed:
                 if not self._origin.place(self, entry):
                     self._place(entry)
             self._relabel()
-            if decided.streamed_units:
+            if decided.slots:
                 self._stage(slots)
             for member in self.offloaded():
                 watch(member.tensor)
@@ -125,14 +148,16 @@ class Placed:
         """Entry and member by the id of the tensor object, of everything that was placed."""
         return {id(member.tensor): (entry, member) for entry in self.entries.values() for member in entry.members}
 
-    def former(self) -> dict[int, torch.device]:
-        """By id of the tensor object, the device on which each tensor that we moved was before."""
-        return {
+    def former(self) -> Former:
+        """What there is to know of this for placing the module anew."""
+        devices = {
             id(member.tensor): device
             for entry, device in self._former.values()
             for member in entry.members
             if self._is_ours(member)
         }
+        homes = {entry.name: [self._homes.get(id(m), 0) for m in entry.members] for entry in self.entries.values()}
+        return Former(devices, self.store, homes)
 
     def _place(self, entry: Entry) -> None:
         if self.plan.placements[entry.name] is Placement.DEVICE or not entry.spec.nbytes:
@@ -141,14 +166,16 @@ class Placed:
             self._move(entry, empty_bytes(entry.spec.nbytes, self.device))
             return
         assert self.store is not None
-        view = self.store.host_view(entry.name)
-        host = from_dlpack(view.view((entry.spec.nbytes,), "uint8"))
-        home = self._home_view(entry)
-        for member in entry.members:
-            copy_span(member, host)
+        view = self._home_view(entry)
+        homes = [home_tensor(view, member) for member in entry.members]
+        pairs = list(zip(entry.members, homes, strict=True))
+        if _addresses(entry) != [home.data_ptr() for home in homes]:
+            host = from_dlpack(self.store.host_view(entry.name).view((entry.spec.nbytes,), "uint8"))
+            for member in entry.members:
+                copy_span(member, host)
         self._moved(entry)
-        for member in entry.members:
-            self._point(member, home_tensor(home, member))
+        for member, home in pairs:
+            self._point(member, home)
 
     def _home_view(self, entry: Entry) -> View:
         assert self.store is not None
@@ -313,6 +340,10 @@ class Placed:
             copy_span(member, flat)
         for member in ours:
             exchange_data(member.tensor, tensor_in(flat, member.byte_offset, member.spec))
+
+
+def _addresses(entry: Entry) -> list[int]:
+    return [member.tensor.data_ptr() for member in entry.members]
 
 
 def _put(outer: Outer, tensor: torch.Tensor) -> torch.Tensor:

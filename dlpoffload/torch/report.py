@@ -44,6 +44,8 @@ class Report:
         Names under which the module has another tensor object now. Those are not offloaded: they are where they are.
     aliased_outputs : int
         Outputs of units that lay in a slot and were copied.
+    asleep : bool
+        Whether the module sleeps, and has nothing on the device.
     """
 
     device: str
@@ -59,6 +61,7 @@ class Report:
     adopted: tuple[str, ...]
     replaced: tuple[str, ...]
     aliased_outputs: int
+    asleep: bool
 
     @property
     def link_share(self) -> float | None:
@@ -85,10 +88,11 @@ class Report:
             if self.link_share is not None and self.link is not None:
                 text += f", {self.link_share:.0%} of the link ({self.link.host_to_device:.1f} GB/s)"
             rows.append(("copy rate", text))
-        rows.append(("stalls", f"{stats.stalls}, {stats.stall_seconds * 1e3:.1f} ms"))
+        rows.append(("stalls", f"{stats.stalls} of {stats.timed_waits} waits, {stats.stall_seconds * 1e3:.1f} ms"))
         rows.append(("fallbacks", f"{stats.mapped_runs} units ran from mapped memory"))
         rows.append(("host waits", str(stats.host_waits)))
         seldom: dict[str, Any] = {
+            "asleep": "nothing is on the device until wake()" if self.asleep else "",
             "invalidations": stats.invalidations,
             "write-backs": stats.write_backs,
             "adopted": ", ".join(self.adopted),

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import AliasError
+from .compiling import uncompiled
 from .outputs import lies_in
 from .subclasses import wraps_others
 
@@ -81,37 +82,51 @@ class _Wrapping:
     strides: tuple[int, ...]
 
 
+@uncompiled
 def saved_outside(stager: Stager, slot: torch.Tensor, unit: StagedUnit) -> AbstractContextManager[Any]:
     """Pack what autograd saves of the slot inside the block."""
     if not torch.is_grad_enabled():
         return nullcontext()
-    storage = slot.untyped_storage().data_ptr()
-    # torch calls the innermost hooks only, so ours call those around them.
-    outer: Any = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    hooks = _Hooks(stager, slot, unit)
+    return torch.autograd.graph.saved_tensors_hooks(hooks.pack, hooks.unpack)
 
-    def pack(tensor: Any) -> Any:
+
+class _Hooks:
+    """For one call of a unit. Inside of what `torch.compile` made of its forward they run as they are."""
+
+    def __init__(self, stager: Stager, slot: torch.Tensor, unit: StagedUnit) -> None:
+        self.stager = stager
+        self.slot = slot
+        self.unit = unit
+        self.storage = slot.untyped_storage().data_ptr()
+        # torch calls the innermost hooks only, so ours call those around them.
+        self.outer: Any = torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+    @uncompiled
+    def pack(self, tensor: Any) -> Any:
         if not isinstance(tensor, torch.Tensor):
             return tensor  # a part that is none
-        if lies_in(tensor, storage):
+        if lies_in(tensor, self.storage):
             if not wraps_others(tensor):
-                return _place_of(tensor, slot, unit)
+                return _place_of(tensor, self.slot, self.unit)
             names, context = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
-            parts = {name: pack(getattr(tensor, name)) for name in names}
+            parts = {name: self.pack(getattr(tensor, name)) for name in names}
             return _Wrapping(type(tensor), parts, context, tensor.size(), tensor.stride())
-        if outer is not None:
-            return _Passed(outer[0](tensor), outer[1])
+        if self.outer is not None:
+            return _Passed(self.outer[0](tensor), self.outer[1])
         # Not the tensor itself: where it is its own node's output, the two would keep each other alive.
         return _Kept(tensor.detach(), tensor._version)
 
-    def unpack(saved: Any) -> Any:
+    @uncompiled
+    def unpack(self, saved: Any) -> Any:
         if isinstance(saved, _Wrapping):
-            parts = {name: unpack(part) for name, part in saved.parts.items()}
+            parts = {name: self.unpack(part) for name, part in saved.parts.items()}
             return saved.kind.__tensor_unflatten__(parts, saved.context, saved.shape, saved.strides)
         if not isinstance(saved, Staged | _Kept | _Passed):
             return saved
         if isinstance(saved, Staged):
-            stager.look_over(saved.unit)
-            return stager.backward.staged_again(saved)
+            self.stager.look_over(saved.unit)
+            return self.stager.backward.staged_again(saved)
         if isinstance(saved, _Passed):
             return saved.unpack(saved.packed)
         if saved.tensor._version != saved.version:
@@ -121,8 +136,6 @@ def saved_outside(stager: Stager, slot: torch.Tensor, unit: StagedUnit) -> Abstr
                 f"version {saved.version} instead"
             )
         return saved.tensor
-
-    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 def _place_of(tensor: torch.Tensor, slot: torch.Tensor, unit: StagedUnit) -> Staged:

@@ -7,6 +7,7 @@ Home is the view over the unit's host bytes. So whatever happens outside a unit'
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,12 +19,13 @@ from ..slab import Slab
 from ..transfer import Lease, Prefetcher
 from ..view import View
 from .backward import BackwardStager
+from .compiling import border, uncompiled
 from .gradients import guard_outputs
 from .outputs import detached_from
 from .saved import saved_outside
 from .tensors import current_stream, tensor_in, tensor_over
 from .tree import Member
-from .watched import exchange_data, plain_data, was_read, written_as_data
+from .watched import exchange_data, is_noted, plain_data, was_read, written_as_data
 from .wrapped import WrappedForward
 
 __all__ = ["StagedMember", "StagedUnit", "Stager", "home_tensor"]
@@ -44,6 +46,8 @@ class StagedMember:
         Torch's count of in-place writes when we looked last.
     generation : int
         How often the bytes changed; what autograd saved before refers to older ones.
+    tensor : torch.Tensor
+        The Parameter or buffer object.
     norms : tuple of torch.nn.Module
         Batch norms whose running statistic it is. In training their forward writes it, and torch counts no write.
     """
@@ -54,19 +58,16 @@ class StagedMember:
     home: torch.Tensor
     version: int
     generation: int = 0
+    tensor: torch.Tensor = field(init=False)
     norms: tuple[nn.Module, ...] = field(init=False)
 
     def __post_init__(self) -> None:
+        self.tensor = self.member.tensor
         self.norms = tuple(
             module
             for module, attribute, _ in self.member.places
             if isinstance(module, nn.modules.batchnorm._NormBase) and attribute in ("running_mean", "running_var")
         )
-
-    @property
-    def tensor(self) -> torch.Tensor:
-        """The Parameter or buffer object."""
-        return self.member.tensor
 
     @property
     def at_home(self) -> bool:
@@ -108,8 +109,10 @@ class StagedUnit:
     slot_tensors: dict[int, list[torch.Tensor]] = field(default_factory=dict)
     active: list[Lease] = field(default_factory=list)
     own: frozenset[int] = field(init=False)
+    homes: list[torch.Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
+        self.homes = [staged.home for staged in self.members]
         self.own = frozenset(
             id(tensor) for staged in self.members for tensor in (staged.tensor, staged.member.of_module[1])
         )
@@ -117,6 +120,24 @@ class StagedUnit:
     def named(self) -> list[tuple[str, torch.Tensor]]:
         """Name and tensor of what the module has, by which every member is reached."""
         return [staged.member.of_module for staged in self.members]
+
+    def untouched(self, data: Sequence[torch.Tensor]) -> bool:
+        """Whether a quick look finds every tensor where it was put, and nothing done to it: nearly always so."""
+        for staged, put in zip(self.members, data, strict=True):
+            tensor = staged.tensor
+            if (
+                tensor.data_ptr() != put.data_ptr()
+                or staged.member.version != staged.version
+                or is_noted(tensor)
+                or staged.norms
+            ):
+                return False
+        return True
+
+    def point(self, data: Sequence[torch.Tensor]) -> None:
+        """Give every tensor other data."""
+        for staged, put in zip(self.members, data, strict=True):
+            exchange_data(staged.tensor, put)
 
     def generations(self, byte_offset: int, nbytes: int) -> tuple[int, ...]:
         """How often a range of the slab changed."""
@@ -137,6 +158,7 @@ class StagedForward(WrappedForward):
         self.stager = stager
         self.unit = unit
 
+    @border
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         stager, unit = self.stager, self.unit
         if not self.installed:
@@ -179,6 +201,7 @@ class Stager:
         self._unit_of.update((staged.entry, unit) for staged in unit.members)
 
     # --------------------------------------------------------------------------------- enter, leave
+    @uncompiled
     def enter(self, unit: StagedUnit) -> Lease:
         """Stage a unit and point its tensors into the slot."""
         stream = current_stream(self.device)
@@ -191,11 +214,11 @@ class Stager:
                 self.look_over(unit)
                 lease = self.prefetcher.enter(unit.name, stream=stream)
                 if lease.slot is not None:
-                    for staged, tensor in zip(unit.members, self._tensors(unit, lease.slot.index), strict=True):
-                        exchange_data(staged.tensor, tensor)
+                    unit.point(self._tensors(unit, lease.slot.index))
             unit.active.append(lease)
             return lease
 
+    @uncompiled
     def leave(self, unit: StagedUnit, lease: Lease) -> None:
         """Point a unit's tensors back home, after its last caller has left it."""
         with self.lock:
@@ -225,9 +248,9 @@ class Stager:
         (`torch.func.functional_call`), and its bytes are its owner's.
         """
         with self.lock:
-            if unit.active:
-                return
             restored = self.ring.closed  # and this is a backward that comes late
+            if unit.active or (not restored and unit.untouched(unit.homes)):
+                return
             foreign = [staged for staged in unit.members if not staged.at_home and not restored]
             if foreign:
                 self._adopt(unit, [(staged, plain_data(staged.tensor)) for staged in foreign])
@@ -244,9 +267,13 @@ class Stager:
     def _go_home(self, unit: StagedUnit, lease: Lease) -> None:
         """On leaving: bring home what the unit's forward wrote into the slot, or put in its place."""
         assert lease.slot is not None
+        tensors = self._tensors(unit, lease.slot.index)
+        if unit.untouched(tensors):
+            unit.point(unit.homes)
+            return
         written: list[StagedMember] = []
         foreign: list[tuple[StagedMember, torch.Tensor]] = []
-        for staged, tensor in zip(unit.members, self._tensors(unit, lease.slot.index), strict=True):
+        for staged, tensor in zip(unit.members, tensors, strict=True):
             if staged.tensor.data_ptr() != tensor.data_ptr():
                 foreign.append((staged, plain_data(staged.tensor)))
             elif staged.was_written():
@@ -341,6 +368,7 @@ class Stager:
             self.ring.close()
             for unit in self.units.values():
                 unit.slot_tensors.clear()
+                unit.homes.clear()
             self.units.clear()
             self._unit_of.clear()
             self.slots.clear()

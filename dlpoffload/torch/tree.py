@@ -77,7 +77,7 @@ class Member:
     @property
     def version(self) -> int:
         """Torch's count of in-place writes. Those to a tensor that wraps others do not count inside of it."""
-        own = version_of(self.tensor)
+        own = self.tensor._version  # no tensor made in inference mode is taken in, which would have none
         return own if self.outer is None else own + version_of(self.outer.tensor)
 
 

@@ -22,6 +22,7 @@ __all__ = [
     "attributes_of",
     "exchange_data",
     "former_class",
+    "is_noted",
     "plain_data",
     "unwatch",
     "was_read",
@@ -112,6 +113,12 @@ def former_class(tensor: torch.Tensor) -> type:
 def attributes_of(tensor: torch.Tensor) -> dict[str, Any]:
     """What others have put on a tensor as attributes."""
     return {name: value for name, value in tensor.__dict__.items() if name not in (_FORMER, _READ, _GIVEN)}
+
+
+def is_noted(tensor: torch.Tensor) -> bool:
+    """Whether ``.data`` was read or set, now or before: whether the two below are worth asking."""
+    notes = tensor.__dict__
+    return _READ in notes or _GIVEN in notes
 
 
 def was_read(tensor: torch.Tensor) -> bool:

@@ -8,7 +8,9 @@ from typing import Any, cast
 
 from torch import nn
 
-__all__ = ["WrappedForward"]
+from ..errors import OffloadError
+
+__all__ = ["SleepingForward", "WrappedForward"]
 
 
 class WrappedForward:
@@ -44,3 +46,12 @@ class WrappedForward:
                 del self.module.__dict__["forward"]
             else:
                 self.module.__dict__["forward"] = self.before
+
+
+class SleepingForward(WrappedForward):
+    """That of a module that sleeps."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.installed:
+            raise OffloadError(f"this {type(self.module).__name__} sleeps, with nothing on the device; wake() it first")
+        return self.inner(*args, **kwargs)

@@ -2,17 +2,20 @@
 
 A capture records work that runs later, many times. So it assumes nothing of what the slots hold, uses only events
 made inside it, has a copy stream of its own that is forked from the capturing stream and joined to it, and leaves
-the eager timeline alone. Once a graph exists, its replays write into the slots at times that nobody announces: eager
+the eager timeline alone. While a graph exists, its replays write into the slots at times that nobody announces: eager
 steps then start from empty slots, behind everything on their stream, and end with no copy under way. Where a graph
 was captured of less than a step, replays may lie in the middle of eager steps, and every use of a unit stands alone.
+The graph keeps the memory that it uses, and counts: once it cannot be replayed any more, eager steps are free again.
 
 Replays, like whatever else uses the same memory, are the caller's to order against steps and writes on other streams.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from enum import Enum
+from typing import Final
 
 from .. import lifetime
 from ..driver import Driver
@@ -20,6 +23,9 @@ from .slots import Slot
 from .timeline import Timeline
 
 __all__ = ["Horizon", "Timelines"]
+
+
+_GRAPH_END_S: Final = 0.1
 
 
 class Horizon(Enum):
@@ -33,8 +39,9 @@ class Horizon(Enum):
 class Timelines:
     """The eager timeline, and one for each capture."""
 
-    def __init__(self, driver: Driver, slots: Sequence[Slot]) -> None:
+    def __init__(self, driver: Driver, slots: Sequence[Slot], memory: Sequence[object]) -> None:
         self._driver = driver
+        self._memory = [*memory, *(slot.buffer for slot in slots)]  # what a replay reads and writes
         self._captures: dict[int, Timeline] = {}
         self._steps: list[tuple[int, Timeline]] = []  # begun and not ended, and on which stream
         self._parts_captured = False
@@ -67,6 +74,7 @@ class Timelines:
             slots = [state.slot for state in self.eager.states if not state.leases]
             timeline = Timeline.make(self._driver, slots, capture=capture)
         try:
+            timeline.replayable = self._held(stream)
             timeline.fork(stream)
         except BaseException:
             timeline.close()
@@ -74,20 +82,44 @@ class Timelines:
         self._captures[capture] = timeline
         return timeline
 
+    def _held(self, stream: int) -> lifetime.Owner:
+        """Let the graph that is captured keep the memory that it will use; counts who can replay it."""
+        kept = list(self._memory)
+        owner = lifetime.own("graph", 0, kept.clear)
+        argument, function = owner.lend()
+        try:
+            self._driver.capture_hold(stream, argument, function)
+        except BaseException:
+            owner.take_back()
+            raise
+        finally:
+            owner.release()
+        return owner
+
+    def replayable(self) -> list[Timeline]:
+        """Those of the captures that can still be replayed; the others are forgotten.
+
+        What the slots hold is trusted no more where one was forgotten: it may have been replayed last.
+        """
+        for capture, timeline in list(self._captures.items()):
+            if timeline.replayable is not None and not timeline.replayable.users and not timeline.leases:
+                del self._captures[capture]
+                timeline.close()
+                self.eager.forget()
+        self._parts_captured &= self.shared
+        return list(self._captures.values())
+
     def entering(self, stream: int) -> Timeline:
         """The timeline for a unit that is entered on `stream` now."""
         timeline = self.of(stream)
         if timeline.capture:
             self._parts_captured |= not timeline.steps
-        elif self._horizon(timeline) is Horizon.NONE:
+        elif self.horizon_of(timeline) is Horizon.NONE:
             timeline.fork(stream)
         return timeline
 
-    def horizon(self, stream: int) -> Horizon:
-        """How far ahead copies may be enqueued behind `stream`."""
-        return self._horizon(self.of(stream))
-
-    def _horizon(self, timeline: Timeline) -> Horizon:
+    def horizon_of(self, timeline: Timeline) -> Horizon:
+        """How far ahead copies may be enqueued."""
         if not timeline.capture:
             if not self.shared:
                 return Horizon.OPEN
@@ -101,7 +133,7 @@ class Timelines:
         if not timeline.steps:
             if timeline.capture:
                 timeline.pause.enter_context(lifetime.paused())
-            elif self.shared:
+            elif self.shared and self.replayable():
                 timeline.fork(stream)
         timeline.steps += 1
         self._steps.append((stream, timeline))
@@ -122,17 +154,19 @@ class Timelines:
             if not timeline.steps:
                 timeline.pause.close()
 
-    def drain(self) -> None:
-        """Block until no copy and no reader is under way, those of replays included."""
-        if self.shared:
-            self._driver.synchronize()  # replays leave no event behind
-        else:
-            self.eager.drain()
+    def replayable_now(self) -> list[Timeline]:
+        """As `replayable`, after waiting for replays: a graph that was dropped ends with the last of them."""
+        if self.replayable():
+            self._driver.synchronize()
+            deadline = time.monotonic() + _GRAPH_END_S
+            while self.replayable() and time.monotonic() < deadline:
+                time.sleep(0.001)  # the driver ends it on a thread of its own
+        return list(self._captures.values())
 
     def drain_unit(self, unit: str) -> None:
         """Block until nothing enqueued reads or writes the unit's host bytes, replays included."""
         if self.shared:
-            self._driver.synchronize()
+            self._driver.synchronize()  # replays leave no event behind
         else:
             self.eager.drain_unit(unit)
 

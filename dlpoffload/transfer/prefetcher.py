@@ -14,7 +14,7 @@ from typing import Final
 
 from ..errors import SlotError
 from .capture import Horizon
-from .lease import Lease, StreamLike, stream_handle
+from .lease import Lease, StreamLike
 from .ring import SlotRing
 
 __all__ = ["Prefetcher"]
@@ -76,12 +76,9 @@ class Prefetcher:
         SlotError
             As `SlotRing.prefetch`.
         """
-        handle = stream_handle(stream)
         self._learn(unit)
-        ahead = self._ahead(unit, stream=handle)
-        lease = self.ring.prefetch(unit, stream=handle, keep=ahead, foreseen=False)
+        lease = self.ring.enter(unit, lambda horizon: self._ahead(unit, horizon), stream=stream)
         try:
-            self.ring.look_ahead(ahead[: len(self.ring.slots) - 1], stream=handle)
             lease.wait()
         except BaseException:
             lease.release()
@@ -91,7 +88,7 @@ class Prefetcher:
     def leave(self, lease: Lease) -> None:
         """Release a unit, and enqueue the copy of the next one behind its last reader."""
         lease.release()
-        self.ring.look_ahead(self._ahead(lease.unit, stream=lease.stream), stream=lease.stream)
+        self.ring.look_ahead(lambda horizon: self._ahead(lease.unit, horizon), stream=lease.stream)
 
     def _learn(self, unit: str) -> None:
         seen = self._seen
@@ -106,9 +103,8 @@ class Prefetcher:
                 self._next_of_pair[seen.before, seen.unit] = unit
         seen.before, seen.unit = seen.unit, unit
 
-    def _ahead(self, unit: str, *, stream: int) -> list[str]:
+    def _ahead(self, unit: str, horizon: Horizon) -> list[str]:
         """The units expected behind `unit`, each once, as many as there are slots."""
-        horizon = self.ring.horizon(stream=stream)
         before = self._seen.before if self._seen.unit == unit else None
         units: list[str] = []
         while horizon is not Horizon.NONE and len(units) < len(self.ring.slots):

@@ -22,26 +22,23 @@ from ..slab import Slab
 from ..spec import ALIGNMENT, aligned, format_nbytes
 from .capture import Horizon, Timelines
 from .lease import Lease, StreamLike, stream_handle
-from .slots import Slot, SlotState
+from .slots import Slot, SlotState, check_device, close_slots, make_slots
 from .stats import Stopwatch, TransferStats
 from .timeline import Timeline
 
 __all__ = ["SlotRing"]
+
+Expected = Callable[[Horizon], Sequence[str]]
 
 
 def _dispose(driver: Driver, stopwatch: Stopwatch, timelines: Timelines) -> None:
     with driver.current(), driver.relaxed():
         try:
             with suppress(CudaError):  # work that failed has ended, too; `close` is where one hears of it
-                timelines.drain()
+                timelines.eager.drain()
         finally:
             stopwatch.close()
             timelines.close()
-
-
-def _check_device(what: str, found: str, wanted: str) -> None:
-    if found != wanted:
-        raise SlotError(f"{what} is made for {found}, but the ring is on {wanted}; make both for the same device")
 
 
 class SlotRing:
@@ -90,7 +87,7 @@ class SlotRing:
         self.driver: Driver = open_driver(device)
         self.slabs = dict(slabs)
         for unit, slab in self.slabs.items():
-            _check_device(f'the slab of unit "{unit}"', slab.buffer.device.partition(":")[0], self.driver.platform)
+            check_device(f'the slab of unit "{unit}"', slab.buffer.device.partition(":")[0], self.driver.platform)
         # Units of empty tensors only need an address all the same.
         self.slot_nbytes = aligned(max(1, *(slab.nbytes for slab in slabs.values())), ALIGNMENT)
         self.stats = TransferStats()
@@ -99,35 +96,18 @@ class SlotRing:
         self._lock = threading.RLock()
         self._uses = itertools.count(1)
         self._closed = False
-        if allocate is None:
-
-            def allocate(nbytes: int) -> DeviceBuffer:
-                return DeviceBuffer.allocate(nbytes, device=self.driver.device)
-
-        self.slots: list[Slot] = []
+        self.slots = make_slots(slots, self.slot_nbytes, self.driver.device, allocate)
         try:
-            for index in range(slots):
-                self.slots.append(Slot(index, allocate(self.slot_nbytes)))
-                self._check_slot(self.slots[-1])
             with self.driver.current():
                 self._stopwatch = Stopwatch(self.driver)
-                self._timelines = Timelines(self.driver, self.slots)
+                self._timelines = Timelines(self.driver, self.slots, [slab.buffer for slab in self.slabs.values()])
         except BaseException:
-            for slot in reversed(self.slots):
-                slot.buffer.close()
+            close_slots(self.slots)
             raise
         # Dropped without close: the timelines keep the slots until their copies and readers have ended, in whatever
         # order the garbage goes. At exit the process frees everything.
         self._dispose = weakref.finalize(self, _dispose, self.driver, self._stopwatch, self._timelines)
         self._dispose.atexit = False
-
-    def _check_slot(self, slot: Slot) -> None:
-        _check_device(f"slot {slot.index}", slot.buffer.device, self.driver.device)
-        if slot.buffer.nbytes < self.slot_nbytes:
-            raise SlotError(
-                f"slot {slot.index} was allocated with {format_nbytes(slot.buffer.nbytes)}, but the largest unit needs "
-                f"{format_nbytes(self.slot_nbytes)}"
-            )
 
     @property
     def copy_stream(self) -> int:
@@ -165,25 +145,47 @@ class SlotRing:
         handle = stream_handle(stream)
         with self._lock, self.driver.current():
             slab = self._slab(unit)
+            return self._prefetch(self._timelines.entering(handle), handle, unit, slab, keep, foreseen)
+
+    def enter(self, unit: str, expected: Expected, *, stream: int | StreamLike = 0) -> Lease:
+        """Prefetch a unit that nobody foresaw unless a slot holds it, then look ahead: both in one go.
+
+        `expected` gives the units that follow it, as far as the horizon allows.
+        """
+        handle = stream_handle(stream)
+        with self._lock, self.driver.current():
+            slab = self._slab(unit)
             timeline = self._timelines.entering(handle)
-            state = timeline.holding(unit)
+            ahead = expected(self._timelines.horizon_of(timeline))
+            lease = self._prefetch(timeline, handle, unit, slab, ahead, False)
+            try:
+                self._look_ahead(timeline, ahead[: len(self.slots) - 1])
+            except BaseException:
+                lease.release()
+                raise
+            return lease
+
+    def _prefetch(
+        self, timeline: Timeline, stream: int, unit: str, slab: Slab, keep: Sequence[str], foreseen: bool
+    ) -> Lease:
+        state = timeline.holding(unit)
+        if state is not None:
+            self.stats.hits += 1
+        else:
+            state = timeline.free_slot(keep)
             if state is not None:
-                self.stats.hits += 1
+                self._copy(timeline, state, unit, slab)
+                self.stats.late_copies += not foreseen
+            elif self.when_full == "error":
+                raise SlotError(
+                    f'unit "{unit}" finds all {len(self.slots)} slots leased; '
+                    f"leave a unit first, or make the ring with more slots ({self.slot_nbytes} bytes each)"
+                )
             else:
-                state = timeline.free_slot(keep)
-                if state is not None:
-                    self._copy(timeline, state, unit, slab)
-                    self.stats.late_copies += not foreseen
-                elif self.when_full == "error":
-                    raise SlotError(
-                        f'unit "{unit}" finds all {len(self.slots)} slots leased; '
-                        f"leave a unit first, or make the ring with more slots ({self.slot_nbytes} bytes each)"
-                    )
-                else:
-                    self.stats.mapped_runs += 1
-            if state is not None:
-                state.last_use = next(self._uses)
-            return Lease(self, unit, handle, timeline, state)
+                self.stats.mapped_runs += 1
+        if state is not None:
+            state.last_use = next(self._uses)
+        return Lease(self, unit, stream, timeline, state)
 
     def host_lease(self, unit: str, *, stream: int | StreamLike = 0) -> Lease:
         """Lease a unit's host bytes themselves, without a slot: for a copy of one's own out of them.
@@ -196,7 +198,7 @@ class SlotRing:
             self._slab(unit)
             return Lease(self, unit, handle, self._timelines.entering(handle), None)
 
-    def look_ahead(self, units: Sequence[str], *, stream: int | StreamLike = 0) -> None:
+    def look_ahead(self, units: Sequence[str] | Expected, *, stream: int | StreamLike = 0) -> None:
         """Prefetch units that are needed next, in this order, into slots that are free; leases nothing.
 
         Stops at the first unit that finds no slot: none is taken from a unit needed sooner. Does nothing where
@@ -205,15 +207,18 @@ class SlotRing:
         handle = stream_handle(stream)
         with self._lock, self.driver.current():
             self._check_open()
-            if self._timelines.horizon(handle) is Horizon.NONE:
-                return
             timeline = self._timelines.of(handle)
-            for unit in units:
-                if timeline.holding(unit) is None:
-                    state = timeline.free_slot(units, spare_kept=True)
-                    if state is None:
-                        return
-                    self._copy(timeline, state, unit, self._slab(unit))
+            horizon = self._timelines.horizon_of(timeline)
+            if horizon is not Horizon.NONE:
+                self._look_ahead(timeline, units(horizon) if callable(units) else units)
+
+    def _look_ahead(self, timeline: Timeline, units: Sequence[str]) -> None:
+        for unit in units:
+            if timeline.holding(unit) is None:
+                state = timeline.free_slot(units, spare_kept=True)
+                if state is None:
+                    return
+                self._copy(timeline, state, unit, self._slab(unit))
 
     def _check_open(self) -> None:
         if self._closed:
@@ -236,6 +241,8 @@ class SlotRing:
         with self._timed(timeline, copy_stream, slab.nbytes):
             driver.copy_async(state.slot.device_pointer, slab.host_pointer, slab.nbytes, copy_stream)
         driver.event_record(state.ready, copy_stream)
+        if timeline.capture:
+            timeline.copied[unit] = None
         timeline.events.recycle(state.readers)
         state.holds = unit
         state.last_use = next(self._uses)
@@ -277,7 +284,7 @@ class SlotRing:
     def horizon(self, *, stream: int | StreamLike = 0) -> Horizon:
         """How far ahead copies may be enqueued behind `stream`: captures and steps beside graphs end where they end."""
         with self._lock, self.driver.current():
-            return self._timelines.horizon(stream_handle(stream))
+            return self._timelines.horizon_of(self._timelines.of(stream_handle(stream)))
 
     # -------------------------------------------------------------------------------------------- changes
     def before_host_write(self, unit: str) -> None:
@@ -336,6 +343,21 @@ class SlotRing:
         return [state for timeline in self._timelines.all() for state in timeline.states]
 
     # ---------------------------------------------------------------------------------------------- close
+    def check_uncaptured(self, what: str) -> None:
+        """Refuse what captured graphs would break by, naming them.
+
+        Raises
+        ------
+        SlotError
+            Graphs that were captured through this ring can still be replayed.
+        """
+        with self._lock, self.driver.current(), self.driver.relaxed():
+            if alive := self._timelines.replayable_now():
+                raise SlotError(
+                    f"{len(alive)} captured graphs can still be replayed into this ring's slots, so it cannot be "
+                    f"{what}: {', '.join(map(str, alive))}; drop them first (del graph), and capture again afterwards"
+                )
+
     def read_stats(self) -> TransferStats:
         """The counters, with the times of everything that has passed by now."""
         with self._lock, self.driver.current(), self.driver.relaxed():
@@ -349,7 +371,7 @@ class SlotRing:
         Raises
         ------
         SlotError
-            A unit is entered and not left.
+            A unit is entered and not left, or a captured graph can still be replayed.
         ClosedError
             Views of slots are alive.
         CudaError
@@ -366,15 +388,15 @@ class SlotRing:
             views = sum(slot.buffer.live_views for slot in self.slots)
             if views:
                 raise ClosedError(f"{views} live views of slots; drop them before the ring is closed")
+            self.check_uncaptured("closed")
             self.stats.host_waits += 1
-            self._timelines.drain()
+            self._timelines.eager.drain()
             self._stopwatch.read(self.stats)
             self._closed = True
             try:
                 self._dispose()
             finally:
-                for slot in self.slots:
-                    slot.buffer.close()
+                close_slots(self.slots)
 
     def __enter__(self) -> SlotRing:
         return self

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from ..driver import Driver
+from ..errors import SlotError
 from ..memory import DeviceBuffer
+from ..spec import format_nbytes
 
-__all__ = ["EventPool", "Slot", "SlotState"]
+__all__ = ["EventPool", "Slot", "SlotState", "check_device", "close_slots", "make_slots"]
 
 
 @dataclass(slots=True)
@@ -87,3 +90,36 @@ class SlotState:
     readers: dict[int, int] = field(default_factory=dict)
     leases: int = 0
     last_use: int = 0
+
+
+def check_device(what: str, found: str, wanted: str) -> None:
+    """Raise the SlotError of memory for another device."""
+    if found != wanted:
+        raise SlotError(f"{what} is made for {found}, but the ring is on {wanted}; make both for the same device")
+
+
+def make_slots(
+    count: int, nbytes: int, device: str, allocate: Callable[[int], DeviceBuffer] | None = None
+) -> list[Slot]:
+    """Allocate slots of `nbytes` each. After an error none stays allocated."""
+    slots: list[Slot] = []
+    try:
+        for index in range(count):
+            made = DeviceBuffer.allocate(nbytes, device=device) if allocate is None else allocate(nbytes)
+            slots.append(Slot(index, made))
+            check_device(f"slot {index}", made.device, device)
+            if made.nbytes < nbytes:
+                raise SlotError(
+                    f"slot {index} was allocated with {format_nbytes(made.nbytes)}, but the largest unit needs "
+                    f"{format_nbytes(nbytes)}"
+                )
+    except BaseException:
+        close_slots(slots)
+        raise
+    return slots
+
+
+def close_slots(slots: Sequence[Slot]) -> None:
+    """Free them, the last one first."""
+    for slot in reversed(slots):
+        slot.buffer.close()

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Final
 
 from ..driver import Driver
 
 __all__ = ["TransferStats"]
 
-_MIN_STALL_MS = 0.02
+_MIN_STALL_MS: Final = 0.02
 """Two event records behind each other lie some microseconds apart even when nothing is waited for."""
+_ONE_OF: Final = 8
+"""Of how many one is timed after the first ones: the events of each cost the host as much as the copy itself."""
 
 
 @dataclass(slots=True)
@@ -38,8 +41,10 @@ class TransferStats:
         once when a capture begins.)
     timed_copies, timed_nbytes, copy_seconds
         The copies whose events have been read, and the time they took.
-    stalls, stall_seconds
-        Waits of a compute stream for a copy that took time, and the time that they took.
+    timed_waits, stalls, stall_seconds
+        The waits of a compute stream for a copy whose events have been read, those that took time, and the time.
+
+    The first hundreds are all timed, later ones now and then.
     """
 
     copies: int = 0
@@ -53,6 +58,7 @@ class TransferStats:
     timed_copies: int = 0
     timed_nbytes: int = 0
     copy_seconds: float = 0.0
+    timed_waits: int = 0
     stalls: int = 0
     stall_seconds: float = 0.0
 
@@ -70,13 +76,17 @@ class Stopwatch:
     free: list[int] = field(default_factory=list)
     pending: deque[tuple[int, int, int | None]] = field(default_factory=deque)
     limit: int = 256
+    seen: dict[bool, int] = field(default_factory=lambda: {False: 0, True: 0})
+
+    def timed(self, stream: int, nbytes: int | None) -> AbstractContextManager[None]:
+        """Bracket a copy of `nbytes`, or a wait when None; not all of many, nor where too many are unread."""
+        kind = nbytes is None
+        self.seen[kind] += 1
+        spare = self.seen[kind] > self.limit and self.seen[kind] % _ONE_OF
+        return nullcontext() if spare or len(self.pending) >= self.limit else self._bracketed(stream, nbytes)
 
     @contextmanager
-    def timed(self, stream: int, nbytes: int | None) -> Iterator[None]:
-        """Bracket a copy of `nbytes`, or a wait when None; not at all when too many brackets are unread."""
-        if len(self.pending) >= self.limit:
-            yield
-            return
+    def _bracketed(self, stream: int, nbytes: int | None) -> Iterator[None]:
         pair: list[int] = []
         try:
             self._record(pair, stream)
@@ -107,9 +117,11 @@ class Stopwatch:
                 stats.timed_copies += 1
                 stats.timed_nbytes += nbytes
                 stats.copy_seconds += milliseconds / 1e3
-            elif milliseconds > _MIN_STALL_MS:
-                stats.stalls += 1
-                stats.stall_seconds += milliseconds / 1e3
+            else:
+                stats.timed_waits += 1
+                if milliseconds > _MIN_STALL_MS:
+                    stats.stalls += 1
+                    stats.stall_seconds += milliseconds / 1e3
 
     def close(self) -> None:
         """Destroy every event."""

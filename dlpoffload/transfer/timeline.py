@@ -10,6 +10,7 @@ from itertools import chain
 
 from ..driver import Driver
 from ..errors import CudaError
+from ..lifetime import Owner
 from .slots import EventPool, Slot, SlotState
 
 __all__ = ["Timeline"]
@@ -39,6 +40,10 @@ class Timeline:
         Steps begun and not ended.
     pause : ExitStack
         Holds reclaims back while a captured step is recorded.
+    copied : dict of str to None
+        Units whose copies a capture recorded, in order.
+    replayable : Owner or None
+        Counts who can replay the captured graph.
     """
 
     events: EventPool
@@ -51,6 +56,8 @@ class Timeline:
     mapped_leases: Counter[str] = field(default_factory=Counter)
     steps: int = 0
     pause: ExitStack = field(default_factory=ExitStack)
+    copied: dict[str, None] = field(default_factory=dict)
+    replayable: Owner | None = None
 
     @classmethod
     def make(cls, driver: Driver, slots: Sequence[Slot], *, capture: int = 0) -> Timeline:
@@ -63,6 +70,11 @@ class Timeline:
         except BaseException:
             events.close()
             raise
+
+    def __str__(self) -> str:
+        copied = list(self.copied)
+        what = f'"{copied[0]}" to "{copied[-1]}"' if copied else "no units"
+        return f"capture {self.capture} of {what}"
 
     # ------------------------------------------------------------------------------------------- slots
     @property

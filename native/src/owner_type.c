@@ -95,9 +95,35 @@ static PyObject *owner_release(PyObject *self, PyObject *unused) {
     Py_RETURN_NONE;
 }
 
+/* What C code is given to call: no Python, no CUDA, on any thread. */
+static void give_back(void *owner) { dlpo_owner_drop(owner); }
+
+static PyObject *owner_lend(PyObject *self, PyObject *unused) {
+    (void)unused;
+    PyObject *lent = Py_BuildValue("(KK)", (unsigned long long)(uintptr_t)owner_of(self),
+                                   (unsigned long long)(uintptr_t)give_back);
+    if (!lent) return NULL;
+    if (!dlpo_owner_acquire(owner_of(self))) {
+        Py_DECREF(lent);
+        return refuse_released(owner_of(self));
+    }
+    return lent;
+}
+
+static PyObject *owner_take_back(PyObject *self, PyObject *unused) {
+    (void)unused;
+    dlpo_owner_drop(owner_of(self));
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef owner_methods[] = {
     {"reference", owner_reference, METH_NOARGS,
      "reference($self, /)\n--\n\nCount one more user; RuntimeError after `release`."},
+    {"lend", owner_lend, METH_NOARGS,
+     "lend($self, /)\n--\n\n"
+     "Count one more user, in C: what it passes, once, to the function whose address comes second."},
+    {"take_back", owner_take_back, METH_NOARGS,
+     "take_back($self, /)\n--\n\nGive up a lent count that nobody else will."},
     {"release", owner_release, METH_NOARGS, "release($self, /)\n--\n\nGive up the owner's own count. Idempotent."},
     {NULL, NULL, 0, NULL},
 };

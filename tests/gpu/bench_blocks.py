@@ -1,10 +1,11 @@
-"""Benchmark: eight bf16 transformer blocks, all streamed, against the link and against peers in the same run.
+"""Benchmark: eight bf16 transformer blocks under a budget, against the link and against peers in the same run.
 
-    python tests/gpu/bench_blocks.py [--hidden 4096] [--ffn 14336] [--blocks 8] [--tokens 1] [--steps 20]
+    python tests/gpu/bench_blocks.py [--hidden 4096] [--ffn 14336] [--blocks 8] [--many 2048] [--steps 20] [--peers]
 
-The link is a pinned 1 GiB host-to-device copy by the driver API, median of 20, in this process. It is measured before,
-between and after the steps, and the fastest of the three is what shares are of. A step is timed with CUDA events around
-it, after warm-up; the median of the steps counts. Prints a table and one JSON object last.
+A step is timed with CUDA events around it, after warm-up; the median of the steps counts. The link is a pinned 1 GiB
+host-to-device copy by the driver API, median of 20, in this process, measured between any two cases; the floor of a
+case is what it streams over the fastest of all of them, or the resident step where that takes longer. Prints one table,
+and one JSON object last.
 """
 
 from __future__ import annotations
@@ -13,16 +14,23 @@ import argparse
 import copy
 import gc
 import json
+import os
+import tempfile
+import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from statistics import median
+from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
 from torch import nn
 from torch.nn import functional
 
 import dlpoffload as dlpo
-from dlpoffload.planning import all_mapped, all_staged
+from dlpoffload.planning import Placement, all_mapped, all_staged
 from dlpoffload.torch import offload_
 from dlpoffload.transfer import measure_link
 
@@ -62,20 +70,6 @@ class Blocks(nn.Module):
         return x
 
 
-def milliseconds(step: Callable[[], object], steps: int) -> float:
-    """Median time of a step by CUDA events; steps follow each other as in serving."""
-    for _ in range(3):
-        step()
-    torch.cuda.synchronize()
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
-    marks[0].record()
-    for mark in marks[1:]:
-        step()
-        mark.record()
-    torch.cuda.synchronize()
-    return median(a.elapsed_time(b) for a, b in pairwise(marks))
-
-
 class PinnedTo(nn.Module):
     """The peer everybody writes first: pinned weights, `.to(non_blocking=True)` on the compute stream."""
 
@@ -92,107 +86,212 @@ class PinnedTo(nn.Module):
         return x
 
 
+def milliseconds(step: Callable[[], object], steps: int) -> float:
+    """Median time of a step by CUDA events; steps follow each other as in serving."""
+    for _ in range(3):
+        step()
+    torch.cuda.synchronize()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        step()
+        mark.record()
+    torch.cuda.synchronize()
+    return median(a.elapsed_time(b) for a, b in pairwise(marks))
+
+
+def enqueue_milliseconds(step: Callable[[], object], steps: int) -> float:
+    """Median time that the host takes to enqueue a step, with nothing before it in the queue."""
+    taken = []
+    for _ in range(steps):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        step()
+        taken.append((time.perf_counter() - start) * 1e3)
+    torch.cuda.synchronize()
+    return median(taken)
+
+
+def tidy() -> None:
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+
+
+@dataclass
+class Row:
+    """One line of the table."""
+
+    who: str
+    tokens: int
+    ms: float
+    streamed_nbytes: int
+    resident_ms: float = 0.0
+    enqueue_ms: float | None = None
+    pinned_over_weights: float | None = None
+    device_over_plan: float | None = None
+    late_copies: int | None = None
+    bitwise: bool | None = None
+
+    def floor_ms(self, link: float) -> float:
+        return max(self.streamed_nbytes / link / 1e6, self.resident_ms)
+
+
+class Bench:
+    """The resident model, what it gives, and the rows so far."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        torch.manual_seed(0)
+        self.args = args
+        self.driver = dlpo.open_driver("cuda:0")
+        self.links: list[float] = []
+        self.rows: list[Row] = []
+        torch.set_default_dtype(torch.bfloat16)
+        self.resident = Blocks(args.blocks, args.hidden, args.ffn).cuda()
+        self.weights = sum(p.numel() * p.element_size() for p in self.resident.parameters())
+        self.x = {n: torch.randn(1, n, args.hidden, device="cuda") for n in (1, args.many)}
+        self.wanted = {n: self.resident(x) for n, x in self.x.items()}
+        self.resident_ms: dict[int, float] = {}
+        for tokens, x in self.x.items():
+            ms = self.resident_ms[tokens] = milliseconds(lambda x=x: self.resident(x), args.steps)
+            enqueue = enqueue_milliseconds(lambda x=x: self.resident(x), args.steps)
+            self.add(Row("resident", tokens, ms, 0, enqueue_ms=enqueue))
+
+    def add(self, row: Row) -> None:
+        self.links.append(measure_link(self.driver).host_to_device)
+        self.rows.append(row)
+        print(f"{row.who:36s} {row.tokens:5d} tokens {row.ms:9.2f} ms   link {self.links[-1]:.2f} GB/s", flush=True)
+
+    def ours(self, who: str, budget: int | str, tokens: list[int], *, graph: bool = False, **options: Any) -> None:
+        model: nn.Module = copy.deepcopy(self.resident)
+        before = torch.cuda.memory_allocated() - self.weights
+        handle = offload_(model, budget, device="cuda:0", **options)
+        print(handle.plan, flush=True)
+        streamed = self.weights - handle.plan.nbytes(Placement.DEVICE)
+        for n in tokens:
+            x = self.x[n]
+            assert torch.equal(model(x), self.wanted[n]), f"{who}: not bitwise equal to resident"
+            ms = milliseconds(lambda x=x: model(x), self.args.steps)
+            assert torch.equal(model(x), self.wanted[n]), f"{who}: not bitwise equal to resident"
+            report = handle.report()
+            assert (report.stats.mapped_runs, report.stats.host_waits) == (0, 0)
+            self.add(
+                Row(
+                    who,
+                    n,
+                    ms,
+                    streamed,
+                    self.resident_ms[n],
+                    enqueue_milliseconds(lambda x=x: model(x), self.args.steps),
+                    report.pinned_nbytes / max(1, streamed),
+                    (torch.cuda.memory_allocated() - before) / max(1, handle.plan.device_nbytes),
+                    report.stats.late_copies,
+                    True,
+                )
+            )
+        print(handle.report(), flush=True)
+        if graph:
+            self.captured(f"{who}, CUDA graph", model, streamed)
+        handle.restore_()
+        tidy()
+
+    def captured(self, who: str, model: nn.Module, streamed: int) -> None:
+        static = self.x[1].clone()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = model(static)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(captured, self.wanted[1]), f"{who}: not bitwise equal to resident"
+        ms = milliseconds(graph.replay, self.args.steps)
+        assert torch.equal(captured, self.wanted[1]), f"{who}: not bitwise equal to resident"
+        enqueue = enqueue_milliseconds(graph.replay, self.args.steps)
+        self.add(Row(who, 1, ms, streamed, self.resident_ms[1], enqueue, bitwise=True))
+
+    def peer(self, who: str, make: Callable[[], nn.Module], tokens: list[int], steps: int) -> None:
+        try:
+            model = make()
+            for n in tokens:
+                x = self.x[n]
+                equal = torch.equal(model(x), self.wanted[n])
+                ms = milliseconds(lambda x=x: model(x), steps)
+                self.add(Row(who, n, ms, self.weights, self.resident_ms[n], bitwise=equal))
+        except (ImportError, RuntimeError) as error:
+            print(f"{who} is not measured: {type(error).__name__}: {str(error)[:200]}", flush=True)
+        tidy()
+
+    def show(self) -> None:
+        link = max(self.links)
+        table = Table(title=f"{torch.cuda.get_device_name()}, torch {torch.__version__}, link {link:.2f} GB/s")
+        for column in ("who", "tokens", "ms", "floor ms", "floor / ms", "enqueue ms", "pinned", "device", "bitwise"):
+            table.add_column(column, justify="left" if column == "who" else "right")
+        for row in self.rows:
+            floor = row.floor_ms(link)
+            table.add_row(
+                row.who,
+                str(row.tokens),
+                f"{row.ms:.2f}",
+                f"{floor:.2f}" if floor else "",
+                f"{floor / row.ms:.1%}" if floor else "",
+                "" if row.enqueue_ms is None else f"{row.enqueue_ms:.2f}",
+                "" if row.pinned_over_weights is None else f"{row.pinned_over_weights:.4f}",
+                "" if row.device_over_plan is None else f"{row.device_over_plan:.4f}",
+                "" if row.bitwise is None else ("yes" if row.bitwise else "no"),
+            )
+        Console(width=150).print(table)
+        facts = {
+            "gpu": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "links_h2d_gb_per_s": [round(rate, 2) for rate in self.links],
+            "weights_nbytes": self.weights,
+            "rows": [asdict(row) | {"floor_ms": row.floor_ms(link)} for row in self.rows],
+        }
+        print(json.dumps(facts))
+
+
+def accelerate_peer(resident: Blocks) -> nn.Module:
+    from accelerate import cpu_offload
+
+    model = copy.deepcopy(resident).cpu()
+    cpu_offload(model, execution_device=0)
+    return model
+
+
+def fsdp_peer(resident: Blocks) -> nn.Module:
+    from torch import distributed
+    from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+
+    if not distributed.is_initialized():
+        store = distributed.FileStore(os.path.join(tempfile.mkdtemp(), "store"), 1)
+        distributed.init_process_group("nccl", store=store, rank=0, world_size=1, device_id=torch.device("cuda:0"))
+    model = copy.deepcopy(resident).cpu()
+    for layer in model.layers:
+        fully_shard(layer, offload_policy=CPUOffloadPolicy())
+    fully_shard(model, offload_policy=CPUOffloadPolicy())
+    return model
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser()
-    for name, default in (("hidden", 4096), ("ffn", 14336), ("blocks", 8), ("tokens", 1), ("steps", 20)):
+    for name, default in (("hidden", 4096), ("ffn", 14336), ("blocks", 8), ("many", 2048), ("steps", 20)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--peers", action="store_true")
     args = parser.parse_args()
 
-    torch.manual_seed(0)
-    driver = dlpo.open_driver("cuda:0")
-    links = [measure_link(driver)]
-    torch.set_default_dtype(torch.bfloat16)
-    resident = Blocks(args.blocks, args.hidden, args.ffn).cuda()
-    x = torch.randn(1, args.tokens, args.hidden, device="cuda")
-    weights = sum(p.numel() * p.element_size() for p in resident.parameters())
-    wanted = resident(x)
-    results: dict[str, dict[str, object]] = {}
-
-    def record(name: str, ms: float, **more: object) -> None:
-        results[name] = {"ms": round(ms, 3), **more}
-        print(f"{name:32s} {ms:9.2f} ms", more, flush=True)
-
-    record("resident", milliseconds(lambda: resident(x), args.steps))
-    model = copy.deepcopy(resident)
-    before = torch.cuda.memory_allocated()
-    handle = offload_(model, "4GiB", device="cuda:0", policy=all_staged, units=["layers.*"])
-    print(handle.plan, flush=True)
-    assert torch.equal(model(x), wanted), "not bitwise equal to resident"
-    ms = milliseconds(lambda: model(x), args.steps)
-    equal = torch.equal(model(x), wanted)
-    report = handle.report()
-    assert equal, "not bitwise equal to resident"
-    assert (report.stats.mapped_runs, report.stats.host_waits) == (0, 0)
-    record(
-        "dlpoffload staged",
-        ms,
-        pinned_over_weights=round(report.pinned_nbytes / weights, 4),
-        late_copies=report.stats.late_copies,
-        device_over_plan=round((torch.cuda.memory_allocated() - before + weights) / report.plan.device_nbytes, 4),
-        bitwise=equal,
-    )
-    print(report, flush=True)
-    links.append(measure_link(driver))
-
-    static = x.clone()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = model(static)
-    graph.replay()
-    torch.cuda.synchronize()
-    equal = torch.equal(captured, wanted)
-    assert equal, "graph is not bitwise equal to resident"
-    record("dlpoffload staged, CUDA graph", milliseconds(graph.replay, args.steps), bitwise=equal)
-    del graph, captured
-    handle.restore_()
-    del model, handle
-    gc.collect()
-    torch.cuda.empty_cache()
-
+    bench = Bench(args)
+    units = ["layers.*"]
+    bench.ours("dlpoffload staged", "4GiB", [1, args.many], graph=True, policy=all_staged, units=units)
+    # Of eight blocks four are resident, and the ring of two slots takes as much as two more.
+    half = bench.weights * (args.blocks // 2 + 2) // args.blocks + (4 << 20)
+    bench.ours("dlpoffload, half resident", half, [1, args.many], graph=True, units=units)
+    bench.ours("dlpoffload mapped (UVA)", 0, [1], policy=all_mapped)
     if args.peers:
-        model = copy.deepcopy(resident)
-        handle = offload_(model, 0, device="cuda:0", policy=all_mapped)
-        assert torch.equal(model(x), wanted)
-        record("dlpoffload mapped (UVA)", milliseconds(lambda: model(x), args.steps))
-        handle.restore_()
-        del model, handle
-        gc.collect()
-        peer = PinnedTo(resident)
-        record("pinned .to(non_blocking)", milliseconds(lambda: peer(x), args.steps))
-        del peer
-        gc.collect()
-        torch.cuda.empty_cache()
-        try:
-            from accelerate import cpu_offload
-        except ImportError:
-            print("accelerate is not installed: its cpu_offload is not measured")
-        else:
-            model = copy.deepcopy(resident).cpu()
-            cpu_offload(model, execution_device=0)
-            record("accelerate cpu_offload", milliseconds(lambda: model(x), 3))
-    links.append(measure_link(driver))
-    rates = [round(link.host_to_device, 2) for link in links]
-    floor = weights / max(rates) / 1e6
-    print(f"\nlink {rates} GB/s; all weights once at the fastest: {floor:.2f} ms")
-    for name, row in results.items():
-        row["link_share"] = round(floor / float(str(row["ms"])), 4)
-        print(f"{name:32s} {row['ms']:>9} ms  {row['link_share']:8.1%} of the link")
-    print(
-        json.dumps(
-            {
-                "gpu": torch.cuda.get_device_name(),
-                "torch": torch.__version__,
-                "links_h2d_gb_per_s": rates,
-                "weights_nbytes": weights,
-                "floor_ms": round(floor, 2),
-                "tokens": args.tokens,
-                "results": results,
-            }
-        )
-    )
+        bench.peer("pinned .to(non_blocking)", lambda: PinnedTo(bench.resident), [1, args.many], args.steps)
+        bench.peer("FSDP2, CPUOffloadPolicy", lambda: fsdp_peer(bench.resident), [1, args.many], args.steps)
+        bench.peer("accelerate cpu_offload", lambda: accelerate_peer(bench.resident), [1], 3)
+    bench.show()
 
 
 if __name__ == "__main__":

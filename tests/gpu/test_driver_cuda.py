@@ -5,12 +5,14 @@ from __future__ import annotations
 import ctypes
 import mmap
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
+from dlpoffload import lifetime
 from dlpoffload.driver import Driver, cuda, open_driver
 from dlpoffload.errors import (
     AliasError,
@@ -318,6 +320,32 @@ def test_a_capture_has_a_number_and_takes_in_the_streams_that_join_it(cuda_drive
         assert numbers[0] != numbers[1]
         cuda_driver.event_destroy(fork)
         cuda_driver.event_destroy(join)
+
+
+def test_a_graph_counts_who_can_replay_it(cuda_driver: Driver) -> None:
+    from cuda.bindings import driver as bindings
+
+    owner = lifetime.own("graph", 0, lambda: None)
+    with cuda_driver.current(), stream(cuda_driver) as main:
+        handle = bindings.CUstream(main)
+        mode = bindings.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_GLOBAL
+        assert bindings.cuStreamBeginCapture(handle, mode)[0] == 0
+        cuda_driver.capture_hold(main, *owner.lend())
+        result, graph = bindings.cuStreamEndCapture(handle)
+        assert result == 0
+        assert owner.users == 1
+        result, executable = bindings.cuGraphInstantiate(graph, 0)
+        assert result == 0
+        assert bindings.cuGraphDestroy(graph)[0] == 0
+        assert bindings.cuGraphLaunch(executable, handle)[0] == 0
+        cuda_driver.stream_synchronize(main)
+        assert owner.users == 1
+        assert bindings.cuGraphExecDestroy(executable)[0] == 0
+        deadline = time.monotonic() + 10
+        while owner.users and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert owner.users == 0
+    owner.release()
 
 
 def test_calls_in_the_background_leave_a_capture_whole(cuda_driver: Driver) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn  # noqa: E402
 
 from dlpoffload import lifetime, live_buffers  # noqa: E402
 from dlpoffload.driver import Driver  # noqa: E402
-from dlpoffload.errors import DeviceMemoryError, OffloadError  # noqa: E402
+from dlpoffload.errors import DeviceMemoryError, OffloadError, SlotError  # noqa: E402
 from dlpoffload.planning import Placement, all_mapped, all_staged, pattern_policy  # noqa: E402
 from dlpoffload.torch import OffloadHandle, offload_  # noqa: E402
 
@@ -469,6 +470,45 @@ def test_another_model_is_freed_during_a_capture() -> None:
             x.copy_(vector(seed))
             graph.replay()
             assert same(y, reference(reference(x)))
+
+
+def test_a_module_is_not_restored_under_a_graph() -> None:
+    module, reference, handle = tower()
+    x = vector(0)
+    graph, y = captured(module, x)
+    with pytest.raises(SlotError, match=r'capture \d+ of "layers.0" to "layers.5"; drop them first \(del graph\)'):
+        handle.restore_()
+    graph.replay()
+    with torch.no_grad():
+        assert same(y, reference(x))
+        del graph
+        handle.restore_()
+        assert same(module.to("cuda:0")(x), reference(x))
+
+
+def test_a_graph_outlives_its_model() -> None:
+    module, reference, handle = tower()
+    x = vector(0)
+    graph, y = captured(module, x)
+    x.copy_(vector(1))
+    with torch.no_grad():
+        wanted = reference(x)
+    before = len(live_buffers())
+    del module, handle
+    gc.collect()
+    lifetime.drain()
+    torch.cuda.empty_cache()
+    torch.empty(64 << 20, dtype=torch.uint8, device="cuda:0").fill_(255)
+    graph.replay()
+    assert same(y, wanted)
+    del graph
+    torch.cuda.synchronize()
+    for _ in range(1000):
+        lifetime.drain()
+        if len(live_buffers()) < before:
+            break
+        time.sleep(0.001)
+    assert len(live_buffers()) < before
 
 
 def test_an_update_inside_a_capture_is_refused() -> None:

@@ -152,3 +152,27 @@ def test_options_without_an_effect(options: dict[str, Any], words: str, device: 
     with pytest.raises(PlanError, match=words):
         offload_(tower, "1MiB", device=device, **options)
     assert OffloadHandle.of(tower) is None
+
+
+@some
+@pytest.mark.parametrize("memory", ["coherent", "unified"])
+def test_where_the_device_shares_the_hosts_memory(
+    case: Case, memory: str, cpu_driver: Callable[..., CpuDriver]
+) -> None:
+    """GH200 and GB10: nothing is copied to be read once, and plan and report say why."""
+    cpu_driver(**{"host_page_tables" if memory == "coherent" else "integrated": True})
+    budget = distinct_nbytes(case.model()) // 2
+    plans = []
+
+    def offload(module: Any) -> OffloadHandle:
+        handle = offload_(module, budget, device="cpu")
+        plans.append(str(handle.plan))
+        return handle
+
+    facts = check(case, "cpu", offload)
+    assert f"{memory} memory" in plans[0]
+    assert facts["placements"][Placement.HOST_STAGED] == facts["copies"] == 0
+    assert (facts["placements"][Placement.DEVICE] > 0) == (memory == "coherent")
+    assert facts["placements"][Placement.DEVICE] <= budget
+    with pytest.raises(PlanError, match="cannot hold"):  # staging is there for whoever asks for it
+        offload_(case.model(), 0, device="cpu", policy=all_staged)

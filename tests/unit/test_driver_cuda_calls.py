@@ -70,6 +70,8 @@ class FakeCuda:
         "CUstreamCaptureMode",
         {f"CU_STREAM_CAPTURE_MODE_{n}": i for i, n in enumerate(("GLOBAL", "THREAD_LOCAL", "RELAXED"))},
     )
+    CUuserObject_flags = SimpleNamespace(CU_USER_OBJECT_NO_DESTRUCTOR_SYNC=1)
+    CUhostFn = int
     CUdevice_attribute = SimpleNamespace(
         CU_DEVICE_ATTRIBUTE_CAN_MAP_HOST_MEMORY=19,
         CU_DEVICE_ATTRIBUTE_HOST_REGISTER_SUPPORTED=99,
@@ -493,6 +495,20 @@ def test_a_capture_is_named_by_its_id(
         fake.answers["cuStreamGetCaptureInfo"] = AssertionError("the newer one is there")
     monkeypatch.setattr(fake, f"cuStreamGetCaptureInfo{version}", lambda stream: answer, raising=False)
     assert driver.capture_id(7) == 77
+
+
+def test_a_graph_holds_a_function(driver: CudaDriver, fake: FakeCuda) -> None:
+    graph = Handle(1)
+    fake.answers |= {"cuStreamGetCaptureInfo": (0, 1, Handle(77), graph, [], 0), "cuUserObjectCreate": (0, Handle(9))}
+    driver.capture_hold(7, 0xA0, 0xF0)
+    assert fake.made("cuUserObjectCreate") == [[0xA0, 0xF0, 1, 1]]
+    [(held_by, held, count, flags)] = fake.made("cuGraphRetainUserObject")
+    assert (held_by, int(held), count, flags) == (graph, 9, 1, 0)
+    assert len(fake.made("cuUserObjectRelease")) == 1
+    fake.answers["cuGraphRetainUserObject"] = CUresult.CUDA_ERROR_INVALID_VALUE
+    with pytest.raises(CudaError, match="cuGraphRetainUserObject"):
+        driver.capture_hold(7, 0xA0, 0xF0)
+    assert len(fake.made("cuUserObjectRelease")) == 1, "which would call the function"
 
 
 def test_a_broken_capture_is_an_error(driver: CudaDriver, fake: FakeCuda) -> None:

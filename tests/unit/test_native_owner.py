@@ -289,6 +289,25 @@ def test_owners_of_the_parent_do_nothing_in_a_forked_child() -> None:
     assert out == "parent done\n"
 
 
+def test_a_count_is_lent_to_c_code(native: ModuleType) -> None:
+    owner = native.Owner(41)
+    lent = [owner.lend() for _ in range(3)]
+    assert owner.users == 3
+    owner.take_back()
+    argument, address = lent[0]
+    give_back = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
+    thread = threading.Thread(target=give_back, args=(argument,))
+    thread.start()
+    thread.join()
+    owner.release()
+    with pytest.raises(RuntimeError, match="released"):
+        owner.lend()
+    assert owner.users == 1
+    assert native.reclaim_drain() == []
+    give_back(argument)
+    assert native.reclaim_drain() == [41]
+
+
 def test_fork_while_another_thread_waits() -> None:
     out = run_python(
         """

@@ -525,3 +525,46 @@ def test_rich_prints_a_plan_as_it_is() -> None:
     console = Console(width=100, color_system=None, record=True, file=io.StringIO())
     console.print(made)
     assert [line.rstrip() for line in console.export_text().splitlines()] == str(made).splitlines()
+
+
+# ------------------------------------------------------------------------------------ memory that is shared
+
+
+@pytest.mark.parametrize("budget", [0, 1024, 2048, 2500, 1 << 20])
+def test_coherent_memory_is_read_in_place(budget: int) -> None:
+    specs = {f"{i}.w": raw(512) for i in range(8)} | {"norm": raw(100), "embed": raw(4096)}
+    units = {f"{i}": [f"{i}.w"] for i in range(8)}
+    made = plan(specs, budget, units=units, gathered=["embed"], cost=CostModel(memory="coherent"))
+    assert made.nbytes(STAGED) == made.ring_nbytes == 0
+    assert made.device_nbytes <= budget
+    resident = [i for i in range(8) if made.placements[f"{i}.w"] is DEVICE]
+    assert len(resident) == max(0, min(8, (budget - 256) // 512))
+    assert (made.placements["norm"] is DEVICE) == (budget >= 256)
+    assert made.placements["embed"] is MAPPED
+    if 1 < len(resident) < 8:
+        gaps = [b - a for a, b in itertools.pairwise([*resident, resident[0] + 8])]
+        assert max(gaps) - min(gaps) <= 1
+    assert "coherent memory" in made.reasons["embed"]
+
+
+def test_unified_memory_needs_no_second_copy() -> None:
+    specs = {"a": raw(512), "b": raw(512)}
+    made = plan(specs, "1GiB", cost=CostModel(memory="unified"))
+    assert set(made.placements.values()) == {MAPPED}
+    assert "unified memory" in str(made)
+
+
+def test_fixed_placements_hold_in_coherent_memory() -> None:
+    specs = {f"{i}.w": raw(512) for i in range(4)}
+    policy = pattern_policy({"0.*": "device", "1.*": "host_staged"})
+    units = {f"{i}": [f"{i}.w"] for i in range(4)}
+    for budget, resident in ((1024, 1), (1535, 1), (1536, 2), (2048, 3)):
+        made = plan(specs, budget, units=units, policy=policy, cost=CostModel(memory="coherent"))
+        assert [made.placements[f"{i}.w"] for i in range(2)] == [DEVICE, STAGED]
+        assert len(made.names(DEVICE)) == resident
+        assert len(made.names(STAGED)) == 1
+
+
+def test_memory_of_another_kind() -> None:
+    with pytest.raises(PlanError, match="memory='shared'"):
+        CostModel(memory="shared")  # type: ignore[arg-type]

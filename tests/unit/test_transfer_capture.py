@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -180,6 +181,7 @@ def test_a_fork_that_fails_is_forked_again(seed: int) -> None:
         assert driver.destroyed == 1, "the copy stream of the attempt"
         bench.replay(graph, stream)
         bench.check()
+        driver.destroy_graphs()
         bench.ring.close()
         bench.store.close()
         assert driver.destroyed == 3
@@ -194,3 +196,93 @@ def test_host_bytes_are_not_written_in_a_capture(bench: Workbench) -> None:
         bench.ring.before_host_write("u0")
     with pytest.raises(CudaError):
         bench.driver.end_capture(stream)
+
+
+# ----------------------------------------------------------------------------------- as long as it can be replayed
+
+
+def test_a_ring_is_not_closed_under_a_graph(bench: Workbench) -> None:
+    stream = bench.streams[0]
+    graph = bench.capture(stream, lambda: bench.step(stream, ["u1", "u3"]))
+    for _ in range(2):
+        with pytest.raises(SlotError, match=r'capture 1 of "u1" to "u.*"; drop them first \(del graph\)'):
+            bench.ring.close()
+        bench.replay(graph, stream)
+        bench.step(stream)
+
+
+def test_once_no_graph_is_left_eager_steps_copy_past_their_end(bench: Workbench) -> None:
+    stream = bench.streams[0]
+    graphs = [bench.capture(stream, lambda: bench.step(stream)) for _ in range(2)]
+    graphs.append(bench.capture(stream, lambda: bench.use("u2", stream)))
+    for graph in graphs:
+        assert bench.ring.horizon(stream=stream) is Horizon.NONE
+        bench.replay(graph, stream)
+        bench.step(stream)
+        bench.driver.destroy(graph)
+    bench.driver.synchronize()
+    bench.step(stream)
+    bench.step(stream)
+    assert bench.ring.horizon(stream=stream) is Horizon.OPEN
+    copies, hits = bench.ring.stats.copies, bench.ring.stats.hits
+    bench.step(stream)
+    assert bench.ring.stats.hits > hits
+    assert bench.ring.stats.copies == copies + len(bench.names)
+
+
+def test_a_graph_keeps_what_it_uses(seed: int) -> None:
+    """Ring and store are dropped; the graph can be replayed all the same, and then everything is freed."""
+    with workbench(transfer, seed) as bench:
+        driver = bench.driver
+        other = Workbench(transfer, driver, seed, units=3)
+        stream = other.streams[0]
+        graph = other.capture(stream, lambda: other.step(stream))
+        reads = other.reads
+        gc.collect()
+        lifetime.drain()
+        truth, wrong = dict(other.truth), other.wrong
+        held = sum(nbytes for kind, nbytes in live_buffers() if kind == "device")
+        del other.prefetcher, other.ring, other.store, other.slabs
+        gc.collect()
+        lifetime.drain()
+        assert sum(nbytes for kind, nbytes in live_buffers() if kind == "device") == held
+        driver.replay(graph, stream, truth)
+        driver.synchronize()
+        assert other.reads == reads + 3
+        assert not wrong
+        driver.destroy(graph)
+        driver.synchronize()
+        lifetime.drain()
+        assert sum(nbytes for kind, nbytes in live_buffers() if kind == "device") < held
+        bench.step(bench.streams[0])
+
+
+def test_a_hold_that_is_refused_is_none(seed: int) -> None:
+    class Faulty(GraphDriver):
+        fail = True
+
+        def capture_hold(self, stream: int, argument: int, function: int) -> None:
+            if self.fail:
+                self.fail = False
+                raise CudaError("cuUserObjectCreate", 999, "CUDA_ERROR_UNKNOWN")
+            super().capture_hold(stream, argument, function)
+
+    driver = Faulty(adversary=seed)
+    with installed(driver):
+        bench = Workbench(transfer, driver, seed)
+        stream = bench.streams[0]
+
+        def record() -> None:
+            with pytest.raises(CudaError, match="UNKNOWN"):
+                bench.ring.begin_step(stream=stream)
+            lifetime.drain()
+            assert "graph" not in [kind for kind, _ in live_buffers()]
+            bench.step(stream)
+
+        graph = bench.capture(stream, record)
+        bench.replay(graph, stream)
+        bench.check()
+        driver.destroy_graphs()
+        bench.ring.close()
+        bench.store.close()
+    driver.close()

@@ -87,7 +87,7 @@ def test_a_look_ahead_that_fails_releases_the_unit(bench: Workbench, monkeypatch
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(bench.ring, "look_ahead", fail)
+        patch.setattr(bench.ring, "_look_ahead", fail)
         with pytest.raises(MemoryError):
             bench.prefetcher.enter("u1", stream=bench.streams[0])
     assert sum(state.leases for state in bench.ring._timelines.eager.states) == 0

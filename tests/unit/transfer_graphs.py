@@ -8,6 +8,7 @@ that the global capture mode forbids (CUDA driver API, stream management; CUDA p
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import threading
 from collections.abc import Callable, Iterator
@@ -43,7 +44,7 @@ class Node:
     enqueue: Callable[[int, object], None]
 
 
-@dataclass
+@dataclass(eq=False)
 class Graph:
     """What was captured."""
 
@@ -53,6 +54,7 @@ class Graph:
     tails: dict[int, frozenset[int]] = field(default_factory=dict)
     lanes: dict[int, int] = field(default_factory=dict)
     events: list[int] = field(default_factory=list)
+    held: list[Callable[[], None]] = field(default_factory=list)
     ended: bool = False
     broken: bool = False
 
@@ -78,6 +80,7 @@ class GraphDriver(CpuDriver):
     def __init__(self, *, adversary: int | None = None) -> None:
         super().__init__(adversary=adversary)
         self._ids = itertools.count(1)
+        self._graphs: list[Graph] = []
         self._capturing: dict[int, Graph] = {}  # by stream
         self._captured: dict[int, tuple[Graph, frozenset[int]]] = {}  # events whose last record lies in a capture
         self._recorded: set[int] = set()  # events ever recorded
@@ -95,6 +98,9 @@ class GraphDriver(CpuDriver):
         graph.ended = True
         self._capturing = {s: g for s, g in self._capturing.items() if g is not graph}
         made = replace(graph)
+        self._graphs.append(made)
+        if made.broken:
+            self.destroy(made)
         graph.nodes = []  # the driver, which knows the capture by its events, must not keep what tasks refer to
         if made.broken:
             _refuse("cuStreamEndCapture", "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED")
@@ -128,6 +134,28 @@ class GraphDriver(CpuDriver):
         for lane in graph.lanes.values():
             self.event_record(border, lane)
             self.stream_wait_event(stream, border)
+        self.event_record(border, stream)
+
+    def destroy(self, graph: Graph) -> None:
+        """End a graph, once its last replay has run: what it held is given up then."""
+        self._graphs.remove(graph)
+        held, graph.held[:] = [*graph.held], []
+
+        def give_up() -> None:
+            for call in held:
+                call()
+
+        if not graph.lanes:
+            give_up()
+            return
+        stream = self.stream_create()
+        super().stream_wait_event(stream, graph.events[-1])
+        super().enqueue(stream, give_up)
+
+    def destroy_graphs(self) -> None:
+        """End every graph that was captured."""
+        for graph in [*self._graphs]:
+            self.destroy(graph)
 
     @property
     def argument(self) -> object:
@@ -169,6 +197,11 @@ class GraphDriver(CpuDriver):
         if graph.broken:
             _refuse("cuStreamGetCaptureInfo", "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED")
         return graph.id
+
+    def capture_hold(self, stream: int, argument: int, function: int) -> None:
+        graph = self._capturing[stream]
+        give_up = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function)
+        graph.held.append(lambda: give_up(argument))
 
     def synchronize(self) -> None:
         self._unsafe("cuCtxSynchronize", always=True)

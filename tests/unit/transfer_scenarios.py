@@ -182,9 +182,11 @@ def workbench(transfer: ModuleType, seed: int, **options: Any) -> Iterator[Workb
         try:
             yield bench
             bench.check()
+            driver.destroy_graphs()
             bench.ring.close()
             bench.store.close()
         except BaseException:
+            driver.destroy_graphs()
             with suppress(CudaError):
                 CpuDriver.synchronize(driver)  # what is still enqueued keeps the whole bench alive
             raise
@@ -699,6 +701,7 @@ def closed_behind_a_replay(transfer: ModuleType, seed: int) -> None:
         stream = bench.streams[0]
         graph = _captured_step(bench, stream)
         bench.replay(graph, stream)
+        bench.driver.destroy_graphs()
         bench.ring.close()
         _scribble(bench)
 

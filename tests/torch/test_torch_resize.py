@@ -1,0 +1,286 @@
+"""Giving device memory away and taking it back: another budget, sleep and wake; the bits stay those of resident."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from models import CASES, Case, Tower, assert_same, distinct_nbytes, run, same, tensors_of  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+from dlpoffload import lifetime, live_buffers  # noqa: E402
+from dlpoffload.errors import ClosedError, OffloadError, PlanError, SlotError, SpecError  # noqa: E402
+from dlpoffload.planning import Placement  # noqa: E402
+from dlpoffload.torch import OffloadHandle, offload_  # noqa: E402
+from dlpoffload.torch import placed as placed_module  # noqa: E402
+
+SOME = [case for case in CASES if case.name in ("decoder_tied", "encoder_decoder", "mixture", "odd_tensors", "unet")]
+some = pytest.mark.parametrize("case", SOME, ids=lambda case: case.name)
+
+
+def pinned_nbytes() -> int:
+    gc.collect()
+    lifetime.drain()
+    return sum(nbytes for kind, nbytes in live_buffers() if kind == "pinned")
+
+
+def tower(device: str, budget: int | str = "180KiB", **options: Any) -> tuple[nn.Module, nn.Module, OffloadHandle]:
+    torch.manual_seed(5)
+    module = Tower(8, 48)
+    reference = copy.deepcopy(module).to(device)
+    return module, reference, offload_(module, budget, device=device, units=["layers.*"], **options)
+
+
+def vector(seed: int, device: str) -> Tensor:
+    return torch.randn(3, 48, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+def check(module: nn.Module, reference: nn.Module, device: str) -> None:
+    with torch.no_grad():
+        for seed in range(3):
+            assert same(module(vector(seed, device)), reference(vector(seed, device)))
+
+
+@some
+def test_any_budget_after_any_other(case: Case, device: str) -> None:
+    module, reference = case.model().eval(), case.model().eval().to(device)
+    total = distinct_nbytes(module)
+    handle = offload_(module, int(0.6 * total), device=device)
+    for part in (0.4, 1.3, 0.9, 0.6, 2.0, 0.5):
+        try:
+            handle.resize_(int(part * total))
+        except PlanError as error:
+            handle.resize_(error.smallest_budget or 0)
+        assert handle.plan.device_nbytes <= handle.plan.device_budget
+        with torch.no_grad():
+            for seed in (0, 1):
+                inputs = case.inputs(seed, device)
+                assert_same(run(module, inputs), run(reference, inputs), f"{part}, seed {seed}")
+        report = handle.report(link=False)
+        assert report.plan is handle.plan
+        assert report.pinned_nbytes >= handle.plan.total_nbytes - handle.plan.nbytes(Placement.DEVICE)
+        assert report.stats.host_waits == 0
+    handle.restore_()
+    wanted = tensors_of(case.model())
+    assert all(same(tensor.cpu(), wanted[name]) for name, tensor in tensors_of(module).items())
+
+
+@some
+def test_sleep_and_wake(case: Case, device: str) -> None:
+    module, reference = case.model().eval(), case.model().eval().to(device)
+    handle = offload_(module, int(1.1 * distinct_nbytes(module)) // 2, device=device)
+    before = handle.plan
+    for seed in range(3):
+        inputs = case.inputs(seed, device)
+        with torch.no_grad():
+            assert_same(run(module, inputs), run(reference, inputs))
+        handle.sleep()
+        handle.sleep()  # idempotent
+        assert handle.asleep
+        assert handle.plan.device_nbytes == handle.plan.nbytes(Placement.DEVICE) == 0
+        assert "asleep" in str(handle.report(link=False))
+        with pytest.raises(OffloadError, match="sleeps"):
+            run(module, inputs)
+        wanted = tensors_of(reference)
+        assert all(same(tensor.cpu(), wanted[name].cpu()) for name, tensor in tensors_of(module).items())
+        handle.wake()
+        handle.wake()
+        assert not handle.asleep
+        assert handle.plan == before
+    with torch.no_grad():
+        assert_same(run(module, inputs), run(reference, inputs))
+    assert handle.report(link=False).stats.copies > 0 or not before.streamed_units
+
+
+def test_streamed_slabs_stay_what_they_are(device: str) -> None:
+    """Neither sleeping nor resizing copies what is on the host before and after."""
+    module, reference, handle = tower(device, "200KiB")
+    streamed = [name for unit in handle.plan.streamed_units for name in unit.tensors]
+    resident = handle.plan.names(Placement.DEVICE)
+    assert streamed
+    assert resident
+    parameters = dict(module.named_parameters())
+    homes = {name: parameters[name].data_ptr() for name in streamed}
+    weights = handle.plan.total_nbytes
+    used = pinned_nbytes()
+    handle.sleep()
+    assert {name: parameters[name].data_ptr() for name in streamed} == homes
+    assert used < pinned_nbytes() <= weights + 256 * len(parameters)
+    handle.wake()
+    assert {name: parameters[name].data_ptr() for name in streamed} == homes
+    assert pinned_nbytes() == used
+    handle.resize_("160KiB")
+    now = {name for unit in handle.plan.streamed_units for name in unit.tensors}
+    assert len(now) > len(streamed)
+    both = now & set(streamed)
+    assert both
+    assert {name: parameters[name].data_ptr() for name in both} == {name: homes[name] for name in both}
+    assert pinned_nbytes() > used
+    handle.resize_("200KiB")
+    assert pinned_nbytes() == used
+    check(module, reference, device)
+
+
+def test_writes_while_asleep_are_there_afterwards(device: str) -> None:
+    module, reference, handle = tower(device, "200KiB")
+    handle.sleep()
+    with torch.no_grad():
+        for index, (name, parameter) in enumerate(reference.named_parameters()):
+            parameter.mul_(1.5)
+            if index % 3 == 0:
+                handle.update(name, parameter)
+            elif index % 3 == 1:
+                module.get_parameter(name).copy_(parameter)
+    state = module.state_dict()
+    left = {name: value for index, (name, value) in enumerate(reference.state_dict().items()) if index % 3 == 2}
+    module.load_state_dict(left, strict=False)
+    if device != "cpu":
+        torch.cuda.synchronize()
+    assert all(same(state[name].cpu(), value.cpu()) for name, value in reference.state_dict().items())
+    handle.wake()
+    check(module, reference, device)
+
+
+def test_a_sleeping_module_is_resized_when_it_wakes(device: str) -> None:
+    module, reference, handle = tower(device, "200KiB")
+    handle.sleep()
+    handle.resize_("160KiB")
+    assert handle.plan.device_nbytes == 0
+    with pytest.raises(PlanError):
+        handle.resize_("1KiB")
+    handle.wake()
+    assert handle.plan.device_budget == 160 << 10
+    check(module, reference, device)
+
+
+def test_what_a_sleeping_module_refuses(device: str) -> None:
+    module, reference, handle = tower(device, "200KiB")
+    handle.sleep()
+    for call in (handle.refresh_, lambda: copy.deepcopy(module)):
+        with pytest.raises(OffloadError, match="wake"):
+            call()
+    with pytest.raises(OffloadError, match="sleeps"):
+        module.layers[0](vector(0, device))
+    handle.restore_()
+    assert not handle.asleep
+    assert all(parameter.device.type == "cpu" for parameter in module.parameters())
+    check(module, reference.cpu(), "cpu")
+    for call in (handle.sleep, handle.wake, lambda: handle.resize_("1GiB")):
+        with pytest.raises(ClosedError):
+            call()
+
+
+@pytest.mark.parametrize("budget", ["1KiB", "many", -1])
+def test_a_budget_that_cannot_be_changes_nothing(device: str, budget: Any) -> None:
+    module, reference, handle = tower(device)
+    before = handle.plan
+    with pytest.raises((PlanError, SpecError)):
+        handle.resize_(budget)
+    assert handle.plan is before
+    check(module, reference, device)
+
+
+def test_refused_inside_of_a_unit(device: str) -> None:
+    module, reference, handle = tower(device)
+    calls: list[Callable[[], None]] = [handle.sleep, lambda: handle.resize_("240KiB")]
+    seen = []
+
+    def inside(*_: Any) -> None:
+        for call in calls:
+            with pytest.raises(SlotError, match="running"):
+                call()
+            seen.append(call)
+
+    hook = module.layers[3].a.register_forward_hook(inside)
+    check(module, reference, device)
+    hook.remove()
+    assert len(seen) == 6
+    handle.sleep()
+    handle.wake()
+    check(module, reference, device)
+
+
+@pytest.mark.parametrize("act", ["resize", "sleep", "wake"])
+@pytest.mark.parametrize("at", range(6))
+def test_memory_that_is_refused_changes_nothing(
+    device: str, act: str, at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, reference, handle = tower(device, "200KiB")
+    if act == "wake":
+        handle.sleep()
+    before = handle.plan
+    left = at
+
+    def refusing(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left == -1:
+                raise MemoryError("refused")
+            return original(*args, **kwargs)
+
+        return call
+
+    used = pinned_nbytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(placed_module, "empty_bytes", refusing(placed_module.empty_bytes))
+        patch.setattr(placed_module, "from_dlpack", refusing(placed_module.from_dlpack))
+        acts = {"resize": lambda: handle.resize_("240KiB"), "sleep": handle.sleep, "wake": handle.wake}
+        try:
+            acts[act]()
+            assert left >= 0
+            refused = False
+        except MemoryError:
+            refused = True
+    if refused:
+        assert handle.plan == before
+        assert handle.asleep == (act == "wake")
+        assert pinned_nbytes() == used
+        if act == "wake":
+            with pytest.raises(OffloadError, match="sleeps"):
+                module(vector(0, device))
+        acts[act]()
+    if act == "sleep":
+        handle.wake()
+    check(module, reference, device)
+
+
+def test_backward_after_a_sleep_is_refused_or_right(device: str) -> None:
+    module, reference, handle = tower(device)
+    module.requires_grad_(False)
+    reference.requires_grad_(False)
+    x, y = vector(0, device).requires_grad_(), vector(0, device).requires_grad_()
+    found, wanted = module(x), reference(y)
+    handle.sleep()
+    handle.wake()
+    try:
+        found.sum().backward()
+    except OffloadError:
+        return
+    wanted.sum().backward()
+    assert x.grad is not None
+    assert y.grad is not None
+    assert same(x.grad, y.grad)
+
+
+def test_subclasses_of_tensors_sleep_too(device: str) -> None:
+    from test_torch_subclasses import Stack, to, vector
+
+    torch.manual_seed(0)
+    module = Stack()
+    reference = to(copy.deepcopy(module), device)
+    handle = offload_(module, "40KiB", device=device, units=["layers.*"])
+    for _ in range(2):
+        with torch.no_grad():
+            assert same(module(vector(0, device)), reference(vector(0, device)))
+        handle.sleep()
+        handle.wake()
+        handle.resize_("60KiB")
+    with torch.no_grad():
+        assert same(module(vector(0, device)), reference(vector(0, device)))
