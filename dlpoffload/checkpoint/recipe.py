@@ -37,8 +37,8 @@ class Expression(Protocol):
         """What it is made of; `found` is what the asterisks of the pattern matched."""
 
 
-Source: TypeAlias = "str | Expression"
-Recipe: TypeAlias = "Mapping[str, Source]"
+Source: TypeAlias = str | Expression
+Recipe: TypeAlias = Mapping[str, Source]
 
 
 def concat(*sources: Source, dim: int) -> Expression:

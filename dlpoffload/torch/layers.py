@@ -58,6 +58,7 @@ class Layer:
         self.module = module
         self.entries = entries
         self.former: dict[int, torch.device] = {}
+        self._driver = driver
         self._homes: dict[int, int] = {}
         store = HostStore.allocate(
             {entry.name: entry.spec for entry in entries},
@@ -105,6 +106,7 @@ class Layer:
 
     def release(self) -> None:
         """Give what lies in the slab ordinary memory where it was before, and the slab up."""
+        self._driver.synchronize()  # kernels that wrote weights through the mapped views, on whatever stream
         for entry in self.entries:
             ours = [member for member in entry.members if self.is_home(member)]
             if ours:

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 __all__ = ["FromCheckpoint"]
 
 _CPU = torch.device("cpu")
+_READABLE = ("cpu",)
+"""Kinds of device whose memory files are read into; to the others it goes over the host."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +70,7 @@ class Loading(Origin):
             self._read(placed.store.memoryviews(at_home), whole)
         for load in resident:
             self._flats[id(load.entry)] = empty_bytes(load.entry.spec.nbytes, placed.device)
-        if placed.device.type == "cpu":
+        if placed.device.type in _READABLE:
             self._read(self._slabs(resident), resident)
         else:
             self._bounce(placed, resident)

@@ -108,6 +108,7 @@ class Offloading:
 
     def _place(self, module: nn.Module, former: Former | None, start: Start | None, *, pinned: bool) -> Placed:
         entries, decided = self.plan(module, pinned=pinned, meta=start is not None and start.meta)
-        origin = None if start is None else start.origin(module, entries, pinned=pinned)
-        before = former if start is None else Former(dict(start.former), None, {})
-        return Placed(module, entries, decided, self.driver, pinned=pinned, former=before, origin=origin)
+        origin = None
+        if start is not None:
+            former, origin = Former(dict(start.former), None, {}), start.origin(module, entries, pinned=pinned)
+        return Placed(module, entries, decided, self.driver, pinned=pinned, former=former, origin=origin)

@@ -17,7 +17,7 @@ from .tensors import spec_of, tensor_in
 
 __all__ = ["Slabs", "Source", "Weights", "open_source"]
 
-Weights: TypeAlias = "str | os.PathLike[str] | Checkpoint | Mapping[str, Any]"
+Weights: TypeAlias = str | os.PathLike[str] | Checkpoint | Mapping[str, Any]
 Slabs: TypeAlias = Iterable[tuple[memoryview, Mapping[str, int]]]
 
 
@@ -66,7 +66,7 @@ class _Tensors:
         self._tensors = tensors
         self.specs = {}
         for name in tensors:
-            found = spec_of(self._tensor(name), name)
+            found = spec_of(self._tensor(name), name, only_read=True)
             self.specs[name] = TensorSpec(found.shape, found.dtype)
 
     def _tensor(self, name: str) -> torch.Tensor:

@@ -91,6 +91,7 @@ class TakeOver(Origin):
 
     def fill(self, placed: Placed) -> None:
         """Hand slabs over to the store; the others are freed as their last tensor is moved."""
+        placed.driver.synchronize()  # kernels that wrote weights through the mapped views, on whatever stream
         for unit, layer in self._slabs.items():
             assert placed.store is not None
             assert layer.buffer is not None

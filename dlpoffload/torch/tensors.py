@@ -47,7 +47,7 @@ def torch_dtype(spec: TensorSpec) -> torch.dtype:
     return found
 
 
-def spec_of(tensor: torch.Tensor, name: str = "tensor", *, meta: bool = False) -> TensorSpec:
+def spec_of(tensor: torch.Tensor, name: str = "tensor", *, meta: bool = False, only_read: bool = False) -> TensorSpec:
     """Shape, dtype and strides of a tensor; of one on meta only where that is allowed.
 
     Raises
@@ -55,7 +55,7 @@ def spec_of(tensor: torch.Tensor, name: str = "tensor", *, meta: bool = False) -
     SpecError
         The tensor has no strided memory of its own (sparse, on meta, uninitialised, a subclass that hides it), a dtype
         that DLPack does not know, bytes that do not say what its elements are (lazily conjugated, quantised), or no
-        count of the writes to it (made in inference mode).
+        count of the writes to it (made in inference mode), unless it is `only_read`.
     """
     if is_lazy(tensor):
         raise SpecError(f'"{name}" is not initialised yet; run a forward of the lazy module before offloading')
@@ -74,7 +74,7 @@ def spec_of(tensor: torch.Tensor, name: str = "tensor", *, meta: bool = False) -
         )
     if tensor.is_conj() or tensor.is_neg():
         raise SpecError(f'"{name}" is a lazy conjugate or negative; put x.resolve_conj().resolve_neg() in its place')
-    if tensor.is_inference():
+    if tensor.is_inference() and not only_read:
         raise SpecError(
             f'"{name}" was made under torch.inference_mode(), where torch counts no writes, so a write to it could be '
             "missed; build the module under torch.no_grad() instead"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from ..errors import PlanError
+from ..errors import PlanError, SpecError
 from ..planning import UnitTree
 from ..spec import TensorSpec
 from .subclasses import inner_tensors, wraps_others
@@ -99,8 +99,12 @@ def collect(root: nn.Module, *, meta: bool = False) -> list[Entry]:
         for attribute, tensor, outer in _own_tensors(module):
             name = f"{path}.{attribute}" if path else attribute
             member = members.get(id(tensor))
+            if outer is not None and tensor.is_meta:
+                raise SpecError(
+                    f'"{name}" lies on meta inside of a {type(outer).__name__}; build that off meta, with its weights'
+                )
             if member is None:
-                member = members[id(tensor)] = Member(tensor, spec_of(tensor, name, meta=meta and outer is None), 0)
+                member = members[id(tensor)] = Member(tensor, spec_of(tensor, name, meta=meta), 0)
             if outer is not None:
                 known = outers.setdefault(
                     id(outer), Outer(outer, name.removesuffix(attribute) + attribute.split(".")[0])

@@ -29,7 +29,7 @@ from dlpoffload.errors import (  # noqa: E402
     SpecError,
 )
 from dlpoffload.planning import Placement, all_mapped, all_staged, pattern_policy  # noqa: E402
-from dlpoffload.torch import Offloader, OffloadHandle, offload_  # noqa: E402
+from dlpoffload.torch import Offloader, OffloadHandle, loading, offload_  # noqa: E402
 
 LAYERS = ["layers.*"]
 
@@ -222,6 +222,64 @@ def test_an_open_checkpoint_stays_open_and_tied_names_may_be_stored_once(device:
         handle.restore_()
 
 
+def test_inside_of_a_device_context(device: str) -> None:
+    """As a model's constructor runs that wraps its own layers."""
+    reference = tower_of(list(built(4, "cpu")))
+    options: dict[str, Any] = {"device": device, "policy": all_staged, "units": LAYERS}
+    with torch.device("meta"):
+        model = Tower(4)
+        handle = offload_(model, "1MiB", checkpoint=stored(reference), **options)
+        offloader = Offloader("1MiB", **options)
+        other = tower_of(offloader.wrap(Step(32) for _ in range(4)))
+        load(other, reference)
+        offloader.offload_(other)
+    for name, tensor in reference.state_dict().items():
+        assert same(model.state_dict()[name], tensor), name
+        assert same(other.state_dict()[name], tensor), name
+    assert handle.device == device
+
+
+def test_under_inference_mode(device: str) -> None:
+    reference = Tower(4)
+    with torch.device("meta"):
+        model = Tower(4)
+    x = torch.ones(3, 32, device=device)
+    with torch.inference_mode():
+        offload_(model, "1MiB", device=device, checkpoint=stored(reference), policy=all_staged, units=LAYERS)
+        y = model(x)
+    with torch.no_grad():
+        assert same(y, reference.to(device)(x))
+
+
+def test_a_model_of_transformers(device: str, tmp_path: Path) -> None:
+    """What accelerate leaves off meta is kept: the rotary table, which no checkpoint stores."""
+    transformers = pytest.importorskip("transformers")
+    accelerate = pytest.importorskip("accelerate")
+    config = transformers.LlamaConfig(
+        vocab_size=200,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    resident = transformers.LlamaForCausalLM(config).eval()
+    resident.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config).eval()
+    with pytest.raises(CheckpointError, match=r'"model\.rotary_emb\.inv_freq" .*not persistent.*include_buffers=False'):
+        offload_(model, "1MiB", device=device, checkpoint=tmp_path)
+    with accelerate.init_empty_weights(include_buffers=False):
+        model = transformers.LlamaForCausalLM(config).eval()
+    model.tie_weights()
+    handle = offload_(model, "300KiB", device=device, checkpoint=tmp_path)
+    assert handle.plan.streamed_units
+    tokens = torch.arange(20, device=device).reshape(2, 10)
+    with torch.no_grad():
+        assert same(model(tokens).logits, resident.to(device)(tokens).logits)
+
+
 @pytest.mark.parametrize("policy", [all_staged, all_mapped, pattern_policy({"*": "device"})])
 def test_each_placement_from_meta(policy: Any, device: str, tmp_path: Path) -> None:
     reference = Tower(4)
@@ -237,6 +295,30 @@ def test_each_placement_from_meta(policy: Any, device: str, tmp_path: Path) -> N
     x = torch.ones(3, 32, device=device)
     with torch.no_grad():
         assert same(model(x), reference.to(device)(x))
+
+
+@pytest.mark.parametrize("form", ["file", "mapping"])
+def test_residents_pass_through_one_tensor_of_the_host(
+    form: str, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a device that files cannot be read into, which the CPU is here made to be."""
+    monkeypatch.setattr(loading, "_READABLE", ())
+    asked: list[int] = []
+    real = memory.allocate_pinned
+    monkeypatch.setattr(memory, "allocate_pinned", lambda n, driver: asked.append(n) or real(n, driver))
+    reference = case_of("unet_channels_last").model()
+    model = on_meta(case_of("unet_channels_last"), reference)
+    weights: Any = stored(reference) if form == "mapping" else saved(tmp_path, stored(reference))
+    before = pinned()
+    everything = pattern_policy({"*": "device"})
+    handle = offload_(model, "1GiB", device=device, policy=everything, checkpoint=weights)
+    assert handle.plan.names(Placement.DEVICE) == tuple(handle.plan.specs)
+    rows = [s.nbytes for s in handle.plan.specs.values() if s.is_row_major]
+    assert asked == [max(rows)]
+    assert pinned() == before
+    for name, tensor in reference.state_dict().items():
+        assert same(model.state_dict()[name], tensor), name
+        assert model.state_dict()[name].device == torch.device(device), name
 
 
 # ------------------------------------------------------------------------------------------------- recipes
@@ -392,6 +474,28 @@ def test_options_without_effect(device: str) -> None:
         offload_(Tower(2).to("meta"), "1MiB", device=device)
     with pytest.raises(SpecError, match=r'"m\.\*" makes nothing'):
         offload_(Tower(2).to("meta"), "1MiB", device=device, checkpoint=stored(Tower(2)), recipe={"m.*": "*"})
+
+
+def test_tensors_that_wrap_others_are_built_off_meta(device: str) -> None:
+    from test_torch_subclasses import Int8Tensor
+
+    reference = Tower(2)
+    with torch.device("meta"):
+        model = Tower(2)
+    codes = torch.empty(64, 32, dtype=torch.int8, device="meta")
+    inside = Int8Tensor(codes, torch.empty(64, 1, device="meta"))
+    model.layers[0].a.weight = nn.Parameter(inside, requires_grad=False)
+    with pytest.raises(
+        SpecError, match=r'"layers\.0\.a\.weight\.codes" lies on meta inside of a Int8Tensor; build that'
+    ):
+        offload_(model, "1MiB", device=device, checkpoint=stored(reference))
+    model.layers[0].a.weight = nn.Parameter(Int8Tensor.of(reference.layers[0].a.weight), requires_grad=False)
+    weights = {name: tensor for name, tensor in stored(reference).items() if name != "layers.0.a.weight"}
+    offload_(model, "1MiB", device=device, policy=all_staged, units=LAYERS, checkpoint=weights)
+    reference.layers[0].a.weight = nn.Parameter(Int8Tensor.of(reference.layers[0].a.weight), requires_grad=False)
+    x = torch.ones(3, 32, device=device)
+    with torch.no_grad():
+        assert same(model(x), reference.to(device)(x))
 
 
 def test_what_would_not_come_along_is_refused(device: str) -> None:
@@ -726,7 +830,7 @@ def test_data_given_away_from_the_slab_is_taken_as_it_is(device: str) -> None:
     with Offloader("1MiB", device=device, policy=all_staged, units=LAYERS) as offloader:
         tower = tower_of(offloader.wrap(built(4, "meta")))
         load(tower, reference)
-        tower.layers[1].a.weight.data = reference.layers[1].a.weight.data.clone()
+        tower.layers[1].a.weight.data = reference.layers[1].a.weight.data.to(tower.layers[1].a.weight.device).clone()
         tower.layers[2].b.bias = nn.Parameter(reference.layers[2].b.bias.data.clone())
         handle = offloader.offload_(tower)
         for name, tensor in reference.state_dict().items():
