@@ -55,7 +55,6 @@ ALIASING = {
     "HostStore.take_over": ALWAYS,
     "HostStore.memoryviews": ALWAYS,
     "HostStore.adopt": ALWAYS,
-    "HostStore.take_over": ALWAYS,
     "HostStore.close": NO_BYTES,
     "View.view": ALWAYS,
     "View.memoryview": ALWAYS,
@@ -202,13 +201,6 @@ class Maker:
         buffer, store = self.host(), self.store()
         store.adopt("unit", buffer)
         return buffer.memoryview(), raw(store.host_view("w"))
-
-    def hoststore_take_over(self) -> Pair:
-        store = self.store()
-        former = dlpo.HostStore.allocate(store.specs, units=store.units, device="cpu")
-        view = raw(former.host_view("w"))
-        store.take_over(former, {"w"})
-        return view, raw(store.host_view("w"))
 
     def view_view(self) -> Pair:
         view = self.host().host_view((NBYTES,), "uint8")

@@ -305,7 +305,7 @@ def test_residents_pass_through_one_tensor_of_the_host(
     monkeypatch.setattr(loading, "_READABLE", ())
     asked: list[int] = []
     real = memory.allocate_pinned
-    monkeypatch.setattr(memory, "allocate_pinned", lambda n, driver: asked.append(n) or real(n, driver))
+    monkeypatch.setattr(memory, "allocate_pinned", lambda n, *rest: asked.append(n) or real(n, *rest))
     reference = case_of("unet_channels_last").model()
     model = on_meta(case_of("unet_channels_last"), reference)
     weights: Any = stored(reference) if form == "mapping" else saved(tmp_path, stored(reference))
