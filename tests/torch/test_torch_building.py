@@ -516,6 +516,18 @@ def test_what_would_not_come_along_is_refused(device: str) -> None:
     assert looks(model) == before
 
 
+def test_more_than_the_machine_has(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found out before the first byte is allocated or read."""
+    monkeypatch.setattr(memory, "allocate_pinned", lambda *_: pytest.fail("allocated"))
+    model = nn.Sequential(*(nn.Linear(1 << 20, 1 << 20, bias=False, device="meta") for _ in range(256)))  # 1 PiB
+    weights = {name: torch.zeros(()).expand(t.shape) for name, t in model.state_dict().items()}
+    before = looks(model)
+    with pytest.raises(HostMemoryError) as caught:
+        offload_(model, 0, device=device, policy=all_mapped, checkpoint=weights)
+    assert caught.value.nbytes == 1 << 50
+    assert looks(model) == before
+
+
 @pytest.mark.parametrize("policy", [all_staged, all_mapped, None])
 def test_memory_refused_at_each_buffer(policy: Any, device: str, refuse: Callable[[int], None], tmp_path: Path) -> None:
     reference = Tower(5)
@@ -592,6 +604,38 @@ def test_a_deep_copy_and_refresh_do_not_read_again(device: str, tmp_path: Path) 
     handle.restore_()
     assert same(model.layers[0].a.bias, torch.full((64,), 5.0))
     assert model.layers[0].a.bias.device.type == "cpu"
+
+
+@pytest.mark.parametrize("how", ["meta", "wrap"])
+def test_resized_and_put_to_sleep_afterwards(how: str, device: str) -> None:
+    reference = tower_of(list(built(8, "cpu")))
+    nbytes = sum(p.nbytes for p in reference.parameters())
+    if how == "meta":
+        with torch.device("meta"):
+            model = Tower(8)
+        handle = offload_(model, nbytes // 2, device=device, units=LAYERS, checkpoint=stored(reference))
+    else:
+        offloader = Offloader(nbytes // 2, device=device, units=LAYERS)
+        model = tower_of(offloader.wrap(built(8, "cpu")))
+        handle = offloader.offload_(model)
+    resident = reference.to(device)
+    x = torch.linspace(-1, 1, 96, device=device).reshape(3, 32)
+
+    def check() -> None:
+        with torch.no_grad():
+            assert same(model(x), resident(x))
+
+    check()
+    for budget in (2 * nbytes, nbytes // 3, nbytes // 2):
+        handle.resize_(device_budget=budget)
+        check()
+    handle.sleep()
+    handle.wake()
+    check()
+    handle.restore_()
+    for name, tensor in resident.state_dict().items():
+        assert same(model.state_dict()[name], tensor), name
+        assert model.state_dict()[name].device.type == "cpu"
 
 
 # ------------------------------------------------------------------------------------------- layer by layer
@@ -811,6 +855,8 @@ def test_models_that_are_not_the_wrapped_ones(device: str) -> None:
         layers = offloader.wrap(built(3, "cpu"))
         with pytest.raises(OffloadError, match=r"1 of 3 wrapped layers are not in this Tower \(number 1, a Step\)"):
             offloader.offload_(tower_of([layers[0], layers[2]]))
+        with pytest.raises(SpecError, match="takes modules, not a int"):
+            offloader.wrap([3])  # type: ignore[list-item]
         offload_(other := Tower(2), "1MiB", device=device)
         with pytest.raises(OffloadError, match="offloaded already"):
             offloader.wrap(iter(other.layers))
