@@ -29,7 +29,8 @@ from dlpoffload.errors import (  # noqa: E402
     SpecError,
 )
 from dlpoffload.planning import Placement, all_mapped, all_staged, pattern_policy  # noqa: E402
-from dlpoffload.torch import Offloader, OffloadHandle, loading, offload_  # noqa: E402
+from dlpoffload.torch import Offloader, OffloadHandle, loading, offload_, placed  # noqa: E402
+from dlpoffload.torch import handle as handle_module  # noqa: E402
 
 LAYERS = ["layers.*"]
 
@@ -561,6 +562,69 @@ def test_memory_refused_at_each_buffer(policy: Any, device: str, refuse: Callabl
     handle.restore_()
 
 
+def failing(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """Let offloading fail once, after tensors were placed: half way, before the last step, or in it."""
+    count = [0]
+
+    def fail(*_: Any, **__: Any) -> Any:
+        count[0] += 1
+        if count[0] == 5:
+            raise RuntimeError("planted")
+
+    if where == "half way":
+        real_point = placed.Placed._point
+        monkeypatch.setattr(placed.Placed, "_point", lambda *args: (fail(), real_point(*args)))
+    elif where == "watching":
+        real_watch = placed.watch
+        monkeypatch.setattr(placed, "watch", lambda tensor: (fail(), real_watch(tensor)))
+    else:
+        real = handle_module.Installed
+        count[0] = 4
+        monkeypatch.setattr(handle_module, "Installed", lambda *args, **kwargs: fail() or real(*args, **kwargs))
+
+
+FAILURES = ["half way", "watching", "installing"]
+
+
+@pytest.mark.parametrize("where", FAILURES)
+def test_a_failure_after_tensors_were_placed(where: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = Tower(5)
+    with torch.device("meta"):
+        model = Tower(5)
+    model.layers[0].a.weight = nn.Parameter(torch.ones(64, 32))
+    kept = model.layers[0].a.weight.data_ptr()
+    before, buffers = looks(model), pinned()
+    options: dict[str, Any] = {"device": device, "checkpoint": stored(reference), "units": LAYERS}
+    failing(monkeypatch, where)
+    with pytest.raises(RuntimeError, match="planted"):
+        offload_(model, "60KiB", **options)
+    assert looks(model) == before
+    assert model.layers[0].a.weight.data_ptr() == kept
+    assert OffloadHandle.of(model) is None
+    assert pinned() == buffers
+    offload_(model, "60KiB", **options)
+    for name, tensor in reference.state_dict().items():
+        assert same(model.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("where", FAILURES)
+def test_a_failure_after_slabs_were_taken_over(where: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = tower_of(list(built(5, "cpu")))
+    offloader = Offloader("40KiB", device=device, policy=all_staged, units=LAYERS)
+    tower = tower_of(offloader.wrap(built(5, "cpu")))
+    homes = [p.data_ptr() for p in tower.parameters()]
+    failing(monkeypatch, where)
+    with pytest.raises(RuntimeError, match="planted"):
+        offloader.offload_(tower)
+    assert [p.data_ptr() for p in tower.parameters()] == homes
+    assert {type(p) for p in tower.parameters()} == {nn.Parameter}
+    handle = offloader.offload_(tower)
+    assert [p.data_ptr() for p in tower.parameters()] == homes
+    handle.restore_()
+    for name, tensor in reference.state_dict().items():
+        assert same(tower.state_dict()[name], tensor), name
+
+
 def test_pageable_when_pinning_is_refused(device: str, refuse: Callable[[int], None]) -> None:
     reference = Tower(4)
     with torch.device("meta"):
@@ -604,6 +668,18 @@ def test_a_deep_copy_and_refresh_do_not_read_again(device: str, tmp_path: Path) 
     handle.restore_()
     assert same(model.layers[0].a.bias, torch.full((64,), 5.0))
     assert model.layers[0].a.bias.device.type == "cpu"
+
+
+def test_of_tied_weights_that_are_stored_apart_the_last_counts(device: str) -> None:
+    """As with `load_state_dict`."""
+    case = case_of("decoder_tied")
+    reference = case.model()
+    weights = stored(reference)
+    weights["head.weight"] = weights["embed.weight"] + 1
+    model = on_meta(case, reference)
+    reference.load_state_dict(weights)
+    offload_(model, "2MiB", device=device, checkpoint=weights)
+    assert same(model.state_dict()["embed.weight"], reference.embed.weight)
 
 
 @pytest.mark.parametrize("how", ["meta", "wrap"])
