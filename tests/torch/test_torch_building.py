@@ -31,6 +31,7 @@ from dlpoffload.errors import (  # noqa: E402
 from dlpoffload.planning import Placement, all_mapped, all_staged, pattern_policy  # noqa: E402
 from dlpoffload.torch import Offloader, OffloadHandle, loading, offload_, placed  # noqa: E402
 from dlpoffload.torch import handle as handle_module  # noqa: E402
+from dlpoffload.torch import layers as layers_module  # noqa: E402
 
 LAYERS = ["layers.*"]
 
@@ -902,6 +903,33 @@ def test_wrapping_that_is_refused(device: str, refuse: Callable[[int], None]) ->
     offloader.abandon()
     for made_layer, layer in zip(made, reference.layers, strict=False):
         assert same(made_layer.a.weight, layer.a.weight)
+
+
+@pytest.mark.parametrize("where", ["cpu", "device", "meta"])
+def test_a_layer_whose_wrapping_fails_half_way_is_as_it_was(
+    where: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (layer,) = built(1, device if where == "device" else where)
+    before, buffers = looks(layer), pinned()
+    values = stored(layer)
+    real, count = layers_module.home_tensor, [0]
+
+    def failing_home(*args: Any) -> Any:
+        count[0] += 1
+        if count[0] == 3:
+            raise RuntimeError("planted")
+        return real(*args)
+
+    monkeypatch.setattr(layers_module, "home_tensor", failing_home)
+    with Offloader("1MiB", device=device) as offloader:
+        with pytest.raises(RuntimeError, match="planted"):
+            offloader.wrap([layer])
+        assert looks(layer) == before
+        assert pinned() == buffers
+        if where != "meta":
+            assert all(same(tensor, values[name]) for name, tensor in layer.state_dict().items())
+        assert offloader.wrap([layer]) == [layer]
+        assert offloader.host_nbytes > 0
 
 
 def test_offloading_that_is_refused_can_be_tried_again(device: str, refuse: Callable[[int], None]) -> None:
