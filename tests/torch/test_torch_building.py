@@ -88,11 +88,11 @@ def refuse(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     real = memory.allocate_pinned
     left = [0]
 
-    def allocate(nbytes: int, driver: Any) -> Any:
+    def allocate(nbytes: int, *args: Any, **options: Any) -> Any:
         left[0] -= 1
         if left[0] == 0:
             raise HostMemoryError(f"{nbytes} bytes refused by the test", nbytes=nbytes)
-        return real(nbytes, driver)
+        return real(nbytes, *args, **options)
 
     monkeypatch.setattr(memory, "allocate_pinned", allocate)
     return lambda which: left.__setitem__(0, which)
@@ -307,7 +307,9 @@ def test_residents_pass_through_one_tensor_of_the_host(
     monkeypatch.setattr(loading, "_READABLE", ())
     asked: list[int] = []
     real = memory.allocate_pinned
-    monkeypatch.setattr(memory, "allocate_pinned", lambda n, driver: asked.append(n) or real(n, driver))
+    monkeypatch.setattr(
+        memory, "allocate_pinned", lambda n, *more, **options: asked.append(n) or real(n, *more, **options)
+    )
     reference = case_of("unet_channels_last").model()
     model = on_meta(case_of("unet_channels_last"), reference)
     weights: Any = stored(reference) if form == "mapping" else saved(tmp_path, stored(reference))
@@ -520,7 +522,7 @@ def test_what_would_not_come_along_is_refused(device: str) -> None:
 
 def test_more_than_the_machine_has(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Found out before the first byte is allocated or read."""
-    monkeypatch.setattr(memory, "allocate_pinned", lambda *_: pytest.fail("allocated"))
+    monkeypatch.setattr(memory, "allocate_pinned", lambda *_, **__: pytest.fail("allocated"))
     model = nn.Sequential(*(nn.Linear(1 << 20, 1 << 20, bias=False, device="meta") for _ in range(256)))  # 1 PiB
     weights = {name: torch.zeros(()).expand(t.shape) for name, t in model.state_dict().items()}
     before = looks(model)
