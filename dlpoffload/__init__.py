@@ -31,9 +31,18 @@ _HOME = {
     "spec": ("DType", "TensorSpec", "dtype", "format_nbytes", "lay_out", "parse_nbytes"),
     "view": ("Label", "View"),
     "producers": ("view_of",),
-    "memory": ("DeviceBuffer", "HostBuffer", "live_buffers", "pinned_nbytes"),
+    "memory": ("DeviceBuffer", "HostBuffer"),
+    "accounting": (
+        "LiveMemory",
+        "live_buffers",
+        "live_memory",
+        "owned_by",
+        "pinned_nbytes",
+        "trace_allocations",
+    ),
     "planning": ("Placement", "Plan", "Unit", "plan"),
     "store": ("HostStore",),
+    "checkpoint": ("align",),
     "transfer": ("Prefetcher", "SlotRing"),
     "driver": ("default_device", "open_driver"),
 }
@@ -42,6 +51,13 @@ _MODULES = {name: module for module, names in _HOME.items() for name in names}
 __all__ = ["__version__", *_MODULES]
 
 if TYPE_CHECKING:
+    from .accounting import LiveMemory as LiveMemory
+    from .accounting import live_buffers as live_buffers
+    from .accounting import live_memory as live_memory
+    from .accounting import owned_by as owned_by
+    from .accounting import pinned_nbytes as pinned_nbytes
+    from .accounting import trace_allocations as trace_allocations
+    from .checkpoint import align as align
     from .driver import default_device as default_device
     from .driver import open_driver as open_driver
     from .errors import AliasError as AliasError
@@ -60,8 +76,6 @@ if TYPE_CHECKING:
     from .errors import SpecError as SpecError
     from .memory import DeviceBuffer as DeviceBuffer
     from .memory import HostBuffer as HostBuffer
-    from .memory import live_buffers as live_buffers
-    from .memory import pinned_nbytes as pinned_nbytes
     from .planning import Placement as Placement
     from .planning import Plan as Plan
     from .planning import Unit as Unit

@@ -112,8 +112,18 @@ def map_anonymous(nbytes: int, alignment: int, huge_pages: bool) -> int:
     `huge_pages` advises transparent huge pages (MADV_HUGEPAGE); where the kernel has none, the advice is left out.
     """
 
-def populate(address: int, nbytes: int, threads: int) -> None:
-    """Fault every page in for writing, split over `threads` threads (MADV_POPULATE_WRITE, else a touch a page)."""
+def map_hugetlb(nbytes: int, page_nbytes: int) -> int:
+    """Map private memory from the pool of reserved huge pages of one size, rounded up to whole ones (MAP_HUGETLB)."""
+
+def prefer_node(address: int, nbytes: int, node: int) -> None:
+    """Take pages that are not there yet from a NUMA node, from others only when it is full (mbind, MPOL_PREFERRED)."""
+
+def populate(address: int, nbytes: int, threads: int, write: bool = True) -> None:
+    """Fault every page in, split over `threads` threads.
+
+    For writing by MADV_POPULATE_WRITE, else a touch a page. Not for writing, for mappings of files, by
+    MADV_POPULATE_READ: ENOSYS where the kernel has none, EFAULT behind the end of the file.
+    """
 
 def unmap(address: int, nbytes: int) -> None: ...
 def dont_fork(address: int, nbytes: int) -> None:

@@ -7,40 +7,57 @@ then the mapping. `memory` wraps blocks in buffers; `view` uses them for the cop
 from __future__ import annotations
 
 import mmap
-import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Final
 
 from . import _native, lifetime
 from .driver import Driver
 from .errors import HostMemoryError, RegistrationError
-from .limits import check_host_budget
+from .limits import check_host_budget, host_limits
 from .maps import Access
-from .spec import aligned, format_nbytes
+from .pages import Pages, PinOptions, map_pages, populate, refused
+from .registrations import (
+    MAX_REGISTRATION,
+    Registration,
+    borders,
+    pinned_file_nbytes,
+    pinned_nbytes,
+    registrations,
+    stuck,
+)
+from .spec import format_nbytes
+from .wall import check_wall
 
 __all__ = [
-    "MAX_REGISTRATION",
     "Block",
     "adopt_device",
     "allocate_device",
     "allocate_pageable",
     "allocate_pinned",
-    "pinned_nbytes",
+    "check_pinning",
+    "mapped_pages",
+    "pin_pages",
+    "pinned_block",
     "register",
 ]
 
-MAX_REGISTRATION: Final = 64 << 30
-"""Bytes in one registration at most: driver 580 and later refuse 512 GiB or more in one."""
-
-_HUGE_PAGE: Final = 2 << 20
 _UNCHECKED: Final = 1 << 20
 _PAGE: Final = mmap.PAGESIZE
 
 
 @dataclass(eq=False, slots=True)
 class Block:
-    """One piece of memory and its owner; `host_pointer` or `device_pointer` is None where that side cannot reach."""
+    """One piece of memory and its owner; `host_pointer` or `device_pointer` is None where that side cannot reach.
+
+    Attributes
+    ----------
+    borders : tuple of int
+        Host addresses inside where one registration ends and the next begins: no single copy may cross one.
+    notes : tuple of str
+        What could not be had when it was allocated.
+    """
 
     owner: _native.Owner
     driver: Driver | None
@@ -49,207 +66,134 @@ class Block:
     device_pointer: int | None
     pinned: bool
     read_only: bool = False
+    borders: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def pieces(self, byte_offset: int, nbytes: int) -> Iterator[tuple[int, int]]:
+        """Byte offset and bytes of the copies that move a range of this block, none across a border."""
+        end = byte_offset + nbytes
+        for border in (b - (self.host_pointer or 0) for b in self.borders):
+            if byte_offset < border < end:
+                yield byte_offset, border - byte_offset
+                byte_offset = border
+        yield byte_offset, end - byte_offset
 
 
-@dataclass(eq=False, slots=True)
-class _Registration:
-    start: int
-    end: int
-    driver: Driver
-    read_only: bool
-    count: int = 0
+def check_pinning(nbytes: int, driver: Driver, host_budget: int | None = None) -> None:
+    """Refuse, with the figures, what this machine or `host_budget` has not; before anything is mapped."""
+    lifetime.drain()  # first: what waits to be freed is not missing
+    pinned, limits = pinned_nbytes(), host_limits()
+    check_host_budget(
+        nbytes, limits, pinned_nbytes=pinned, pinned_file_nbytes=pinned_file_nbytes(), host_budget=host_budget
+    )
+    check_wall(nbytes, pinned, driver, limits)
 
 
-@dataclass(slots=True)
-class _Registrations:
-    """Every range of pages that we pinned, so that ranges that share pages share one counted registration.
-
-    Used under `lifetime.lock`.
-    """
-
-    ranges: list[_Registration] = field(default_factory=list)
-
-    def acquire(self, start: int, end: int, driver: Driver, *, read_only: bool) -> list[_Registration]:
-        """Count every registration that covers pages of [start, end), making those that are missing."""
-        start, end = _whole_pages(start, end)
-        held = self.touching(start, end, driver)
-        if not read_only and any(r.read_only for r in held):
-            raise RegistrationError(
-                f"the pages of {format_nbytes(end - start)} at {start:#x} are registered read-only already; "
-                "close the read-only buffer first, or register this one read-only as well"
-            )
-        for registration in held:
-            registration.count += 1  # before the driver is called: a finalizer may release others meanwhile
-        made: list[_Registration] = []
-        try:
-            for gap_start, gap_end in _gaps(start, end, held):
-                driver.host_register(gap_start, gap_end - gap_start, read_only=read_only)
-                made.append(_Registration(gap_start, gap_end, driver, read_only, count=1))
-                self.ranges.append(made[-1])
-        except BaseException:
-            self.release(held + made)
-            raise
-        return sorted(held + made, key=lambda r: r.start)
-
-    def release(self, used: list[_Registration]) -> None:
-        """Give up one count of each; what the driver will not unregister stays in the table, and is raised."""
-        refused: Exception | None = None
-        for registration in reversed(used):
-            registration.count -= 1
-            if registration.count == 0:
-                try:
-                    registration.driver.host_unregister(registration.start)
-                except Exception as error:
-                    refused = refused or error
-                else:
-                    self.ranges.remove(registration)
-        if refused is not None:
-            raise refused
-
-    def touching(self, start: int, end: int, driver: Driver) -> list[_Registration]:
-        """Those of this driver that share a page with [start, end), in order."""
-        start, end = _whole_pages(start, end)
-        same = (r for r in self.ranges if r.driver.platform == driver.platform)
-        return sorted((r for r in same if r.start < end and start < r.end), key=lambda r: r.start)
-
-    def nbytes(self) -> int:
-        return sum(r.end - r.start for r in self.ranges.copy())
+@contextmanager
+def mapped_pages(nbytes: int, driver: Driver, options: PinOptions) -> Iterator[Pages]:
+    """Map anonymous pages after a look at the limits, and unmap them when the block raises."""
+    pages = map_pages(nbytes, driver, options, lambda: check_pinning(nbytes, driver, options.host_budget))
+    try:
+        yield pages
+    except BaseException:
+        if not registrations.touching(pages.pointer, pages.pointer + nbytes, driver):
+            _native.unmap(pages.pointer, pages.mapped_nbytes)
+        # else the driver would not take a registration back: what is registered must not be mapped anew
+        raise
 
 
-def _whole_pages(start: int, end: int) -> tuple[int, int]:
-    return start // _PAGE * _PAGE, aligned(end, _PAGE)
+def pin_pages(pages: Pages, byte_offset: int, nbytes: int, driver: Driver) -> list[Registration]:
+    """Populate and register a range of anonymous pages; HostMemoryError when the machine has not that much."""
+    populate(pages, byte_offset, nbytes)
+    start = pages.pointer + byte_offset
+    try:
+        with lifetime.lock:
+            return registrations.acquire(start, start + nbytes, driver, read_only=False)
+    except RegistrationError as cause:
+        raise HostMemoryError(
+            f"{format_nbytes(nbytes)} of host memory could not be pinned for {driver.device}: {cause}", nbytes=nbytes
+        ) from cause
 
 
-def _gaps(start: int, end: int, held: list[_Registration]) -> Iterator[tuple[int, int]]:
-    """The parts of [start, end) that no registration covers, each at most `MAX_REGISTRATION` long."""
-    borders = [(r.start, r.end) for r in held] + [(end, end)]
-    at = start
-    for taken_start, taken_end in borders:
-        while at < taken_start:
-            stop = min(at + MAX_REGISTRATION, taken_start)
-            yield at, stop
-            at = stop
-        at = max(at, taken_end)
-
-
-_registrations = _Registrations()
-# What the parent registered is not registered in a child.
-os.register_at_fork(after_in_child=_registrations.ranges.clear)
-
-
-def pinned_nbytes() -> int:
-    """Bytes of host memory that this process has pinned through `dlpoffload`, in whole pages."""
-    return _registrations.nbytes()
-
-
-def allocate_pinned(nbytes: int, driver: Driver) -> Block:
+def allocate_pinned(nbytes: int, driver: Driver, options: PinOptions | None = None) -> Block:
     """Map, populate and register `nbytes` of anonymous memory: pinned and mapped, exactly as large as asked.
 
     Source: huge pages populated before they are registered are pinned about twice as fast as cuMemHostAlloc.
     """
-    lifetime.drain()  # first: what waits to be freed is not missing
-    check_host_budget(nbytes)
-    pointer = _map(nbytes, driver)
-    try:
-        with lifetime.lock:
-            used = _registrations.acquire(pointer, pointer + nbytes, driver, read_only=False)
-    except RegistrationError as refused:
-        _native.unmap(pointer, nbytes)
-        raise HostMemoryError(
-            f"{format_nbytes(nbytes)} of host memory could not be pinned for {driver.device}: {refused}", nbytes=nbytes
-        ) from refused
-    except BaseException:
-        _native.unmap(pointer, nbytes)
-        raise
+    lifetime.drain()
+    with mapped_pages(nbytes, driver, options or PinOptions()) as pages:
+        used = pin_pages(pages, 0, nbytes, driver)
 
     def release() -> None:
         with lifetime.lock:
-            _registrations.release(used)
-        _native.unmap(pointer, nbytes)  # only after that: what is still registered must not be mapped anew
+            registrations.release(used)
+        _native.unmap(pages.pointer, pages.mapped_nbytes)  # only now: what is registered must not be mapped anew
 
-    return _pinned_block(pointer, nbytes, driver, used, release, read_only=False)
+    return pinned_block(pages.pointer, nbytes, driver, used, release, notes=tuple(pages.notes))
 
 
 def register(pointer: int, nbytes: int, driver: Driver, *, read_only: bool, access: Access, keepalive: object) -> Block:
     """Pin memory in place, or adopt it when it is pinned already; `keepalive` is dropped after it is unpinned."""
+    if access is Access.READ_ONLY:  # pages of a file, which pinning takes from everybody else
+        check_pinning(nbytes, driver)
     lifetime.drain()
     kept = [keepalive]
     with lifetime.lock:
         used, read_only = _pin(pointer, nbytes, driver, read_only or access is Access.READ_ONLY, access)
 
     def release() -> None:
+        stuck[id(kept)] = kept  # what is registered must not be freed
         with lifetime.lock:
-            _registrations.release(used)
+            registrations.release(used)
+        del stuck[id(kept)]
         kept.clear()
 
-    return _pinned_block(pointer, nbytes, driver, used, release, read_only=read_only)
+    return pinned_block(pointer, nbytes, driver, used, release, read_only=read_only)
 
 
-def _pin(
-    pointer: int, nbytes: int, driver: Driver, read_only: bool, access: Access
-) -> tuple[list[_Registration], bool]:
+def _pin(pointer: int, nbytes: int, driver: Driver, read_only: bool, access: Access) -> tuple[list[Registration], bool]:
     """The registrations that cover these bytes, none when somebody else pinned them, and whether they are read-only."""
     if _pinned_by_others(pointer, nbytes, driver):
         return [], read_only
     end = pointer + nbytes
+    only = access is Access.READ_ONLY
     try:
-        return _registrations.acquire(pointer, end, driver, read_only=access is Access.READ_ONLY), read_only
+        return registrations.acquire(pointer, end, driver, read_only=only, in_page_cache=only), read_only
     except RegistrationError:
         if access is not Access.SHARED_FILE:
             raise
         # Most file systems' pages are pinned for reading only, even through a writable mapping; tmpfs's are not.
-        return _registrations.acquire(pointer, end, driver, read_only=True), True
+        return registrations.acquire(pointer, end, driver, read_only=True, in_page_cache=True), True
 
 
-def _pinned_block(
+def pinned_block(
     pointer: int,
     nbytes: int,
     driver: Driver,
-    used: list[_Registration],
+    used: list[Registration],
     release: Callable[[], None],
     *,
-    read_only: bool,
+    kind: str = "pinned",
+    read_only: bool = False,
+    notes: tuple[str, ...] = (),
 ) -> Block:
+    """The block of a range that `used` pins; `release` is called at once when there can be none."""
     try:
         device_pointer = _device_pointer(pointer, nbytes, driver, used)
     except BaseException:
         release()
         raise
-    owner = lifetime.own("pinned", nbytes, release)
-    return Block(owner, driver, nbytes, pointer, device_pointer, pinned=True, read_only=read_only)
+    owner = lifetime.own(kind, nbytes, release)
+    between = borders(used, pointer)
+    return Block(owner, driver, nbytes, pointer, device_pointer, True, read_only, between, notes)
 
 
-def _map(nbytes: int, driver: Driver) -> int:
-    huge = nbytes >= _HUGE_PAGE
-    try:
-        pointer = _native.map_anonymous(nbytes, _HUGE_PAGE if huge else _PAGE, huge)
-    except OSError as error:
-        raise _refused(nbytes, "map", error) from error
-    try:
-        if driver.platform == "cuda":
-            # The kernel copies pinned pages at fork, since the device would not follow a copy on write.
-            _native.dont_fork(pointer, nbytes)
-        _native.populate(pointer, nbytes, min(4, os.cpu_count() or 1) if huge else 1)
-    except OSError as error:
-        _native.unmap(pointer, nbytes)
-        raise _refused(nbytes, "populate", error) from error
-    return pointer
-
-
-def _refused(nbytes: int, verb: str, error: OSError) -> HostMemoryError:
-    return HostMemoryError(
-        f"the system would not {verb} {format_nbytes(nbytes)} of host memory: {error.strerror}; "
-        "ask for less, or free memory first (`dlpoffload doctor` shows the limits)",
-        nbytes=nbytes,
-    )
-
-
-def _device_pointer(pointer: int, nbytes: int, driver: Driver, used: list[_Registration]) -> int | None:
+def _device_pointer(pointer: int, nbytes: int, driver: Driver, used: list[Registration]) -> int | None:
     """The device's address of a pinned range; None where the device cannot map host memory."""
     if not driver.capabilities().map_host_memory:
         return None
     first = driver.host_device_pointer(pointer)
-    for border in (r.start for r in used if r.start > pointer):
+    for border in borders(used, pointer):
         if driver.host_device_pointer(border) - first != border - pointer:
             raise RegistrationError(
                 f"{format_nbytes(nbytes)} lie in more than one registration, and on {driver.device} their device "
@@ -261,7 +205,7 @@ def _device_pointer(pointer: int, nbytes: int, driver: Driver, used: list[_Regis
 
 def _pinned_by_others(pointer: int, nbytes: int, driver: Driver) -> bool:
     """Whether somebody else (torch, CuPy, cuMemHostAlloc) pinned the whole range already."""
-    if _registrations.touching(pointer, pointer + nbytes, driver):
+    if registrations.touching(pointer, pointer + nbytes, driver):
         return False
     ends = (pointer, pointer + nbytes - 1)
     return all(driver.pointer_info(end).kind == "pinned" for end in ends)
@@ -275,7 +219,7 @@ def allocate_pageable(nbytes: int, driver: Driver | None = None) -> Block:
     try:
         pointer = _native.map_anonymous(size, _PAGE, False)
     except OSError as error:
-        raise _refused(nbytes, "map", error) from error
+        raise refused(nbytes, "map", error) from error
 
     def release() -> None:
         if driver is not None:

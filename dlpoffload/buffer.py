@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from types import TracebackType
 from typing import ClassVar, Self
 
+from .background import Background
 from .blocks import Block
 from .driver import Driver
 from .errors import AliasError, ClosedError
@@ -21,9 +23,14 @@ class Buffer:
 
     _kind: ClassVar[str]
 
-    def __init__(self, block: Block) -> None:
+    def __init__(self, block: Block, pinning: Background | None = None) -> None:
         self._block: Block | None = block
         self._nbytes = block.nbytes
+        self._pinning = pinning
+        if pinning is not None:
+            # Dropped, or at the end of the process: nobody waits for the rest. What is viewed lives on.
+            weakref.finalize(self, pinning.cancel)
+            pinning.start()
 
     def _open_block(self) -> Block:
         if self._block is None:
@@ -55,6 +62,7 @@ class Buffer:
             The device cannot map host memory.
         """
         block = self._open_block()
+        self._wait(1)
         if block.device_pointer is None:
             why = f"{self.device} cannot map host memory" if block.pinned else f"this {self._kind} is not pinned"
             raise AliasError(f"{why}, so these bytes have no device address; copy them instead")
@@ -63,7 +71,20 @@ class Buffer:
     @property
     def live_views(self) -> int:
         """Views, capsules and consumers' tensors that are alive over this buffer."""
-        return self._open_block().owner.users
+        return max(self._open_block().owner.users - self._is_pinning(), 0)
+
+    @property
+    def pinning(self) -> Background | None:
+        """How far pinning in the background is; None where there is none."""
+        return self._pinning
+
+    def _is_pinning(self) -> bool:
+        """Whether a thread still pins; it counts as a user of the memory."""
+        return self._pinning is not None and self._pinning.state == "running"
+
+    def _wait(self, nbytes: int) -> None:
+        if self._pinning is not None:
+            self._pinning.wait(nbytes)
 
     def _driver(self) -> Driver:
         driver = self._open_block().driver
@@ -81,10 +102,26 @@ class Buffer:
         block = self._open_block()
         return self._view_of_spec(block, TensorSpec(shape, dtype, strides), byte_offset, label)
 
-    def _view_of_spec(self, block: Block, spec: TensorSpec, byte_offset: int, label: Label) -> View:
+    def _view_of_spec(
+        self,
+        block: Block,
+        spec: TensorSpec,
+        byte_offset: int,
+        label: Label,
+        *,
+        whole: bool = True,
+        read_only: bool = False,
+    ) -> View:
         base = block.device_pointer if block.host_pointer is None else block.host_pointer
         assert base is not None
         offset = checked_range(spec, byte_offset, base, block.nbytes, self._kind)
+        if self._pinning is not None:
+            if whole and spec.nbytes and len(list(block.pieces(offset, spec.nbytes))) > 1:
+                raise AliasError(
+                    f"a view of {spec} at byte_offset={offset} lies in two chunks, and no copy may cross them; pin in "
+                    "larger chunks (chunk_nbytes), or place the tensor elsewhere"
+                )
+            self._pinning.wait(offset + max(spec.nbytes, 1))
         if label is Label.DEVICE:
             _ = self.device_pointer  # says why when there is none
         elif label is not Label.CPU and not block.pinned:
@@ -97,7 +134,7 @@ class Buffer:
                 driver=block.driver,
                 host_pointer=None if block.host_pointer is None else block.host_pointer + offset,
                 device_pointer=None if block.device_pointer is None else block.device_pointer + offset,
-                read_only=block.read_only,
+                read_only=block.read_only or read_only,
             )
         except RuntimeError as error:  # closed by another thread in between
             raise ClosedError(f"this {self._kind} is closed; make a new one") from error
@@ -117,6 +154,9 @@ class Buffer:
         block = self._block
         if block is None:
             return
+        if self._pinning is not None:
+            self._pinning.cancel()
+            self._pinning.join()
         drain()
         users = block.owner.users
         if users:

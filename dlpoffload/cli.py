@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Final
 
 from . import __version__
-from .errors import DriverNotFoundError, OffloadError, SpecError
+from .errors import CheckpointError, DriverNotFoundError, OffloadError, SpecError
+from .spec import format_nbytes
 
 __all__ = ["main"]
 
@@ -47,8 +50,104 @@ def main(argv: Sequence[str] | None = None) -> int:
         help='what to examine: "cuda:0", "cpu" (default: the first that is there)',
     )
     doctor.add_argument("--json", action="store_true", help="print one JSON object; bytes are ints")
+    align = commands.add_parser(
+        "align",
+        help="rewrite a checkpoint so that it can be mapped as it is",
+        description="Rewrites a safetensors file, or a sharded checkpoint, with its tensors aligned in the file, so "
+        "that kernels can read them from the page cache. No value changes. Exit code 0: written; 2: it could not be.",
+    )
+    align.add_argument("source", metavar="IN", help="a safetensors file, an index, or a folder with either")
+    align.add_argument("target", metavar="OUT", help="a file for a file, a folder for a sharded checkpoint")
+    check = commands.add_parser(
+        "open",
+        help="open a checkpoint and say how: mapped from the page cache, or copied",
+        description="Opens a checkpoint on a device, as offloading does, and shows what it costs. Exit code 0: it can "
+        "be opened; 1: not so; 2: there is no such checkpoint or device.",
+    )
+    check.add_argument("source", metavar="PATH", help="a safetensors file, an index, or a folder with either")
+    check.add_argument("--mode", choices=("map", "copy", "auto"), default="auto", help="default: auto")
+    check.add_argument("--device", metavar="NAME", help='"cuda:0", "cpu" (default: the first that is there)')
+    check.add_argument("--host-budget", metavar="BYTES", help='what may be pinned in all, for example "64GiB"')
+    check.add_argument("--json", action="store_true", help="print one JSON object; bytes are ints")
     arguments = parser.parse_args(argv)
+    if arguments.command == "align":
+        return _align(arguments.source, arguments.target)
+    if arguments.command == "open":
+        return _open(arguments)
     return _doctor(arguments.device, as_json=arguments.json)
+
+
+def _align(source: str, target: str) -> int:
+    from .checkpoint import align
+
+    try:
+        with _progress("writing") as progress:
+            done = align(source, target, progress)
+    except OffloadError as error:
+        print(f"dlpoffload align: {error}", file=sys.stderr)
+        return 2
+    for path in done.files:
+        print(path)
+    print(f"{done.aligned_after} of {done.tensors} tensors on 16 bytes, {done.aligned_before} before")
+    return 0
+
+
+def _open(arguments: argparse.Namespace) -> int:
+    from .store import HostStore
+
+    started = time.monotonic()
+    try:
+        with (
+            _progress("pinning") as progress,
+            HostStore.open(
+                arguments.source,
+                mode=arguments.mode,
+                device=arguments.device,
+                host_budget=arguments.host_budget,
+                progress=progress,
+            ) as store,
+        ):
+            facts = {
+                "device": store.device,
+                "mode": store.mode,
+                "because": store.because,
+                "tensors": len(store),
+                "nbytes": store.nbytes,
+                "pinned_nbytes": store.pinned_nbytes,
+                "file_nbytes": store.file_nbytes,
+                "unaligned": len(store.unaligned),
+                "notes": list(store.notes),
+                "seconds": round(time.monotonic() - started, 3),
+            }
+    except OffloadError as error:
+        print(f"dlpoffload open: {error}", file=sys.stderr)
+        return 2 if isinstance(error, SpecError | DriverNotFoundError | CheckpointError) else 1
+    if arguments.json:
+        print(json.dumps(facts, indent=2))
+        return 0
+    print(f"{facts['mode']} on {facts['device']}: {facts['because']}")
+    print(f"{facts['tensors']} tensors, {format_nbytes(store.nbytes)}, in {facts['seconds']} s")
+    print(
+        f"pinned {format_nbytes(int(str(facts['pinned_nbytes'])))}, of which in the page cache {facts['file_nbytes']}"
+    )
+    if facts["unaligned"]:
+        print(f"{facts['unaligned']} tensors are not on 16 bytes: `dlpoffload align` rewrites the checkpoint")
+    for note in store.notes:
+        print(note)
+    return 0
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on the terminal, on standard error; gone when it is done."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _doctor(device: str | None, *, as_json: bool) -> int:

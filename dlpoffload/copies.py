@@ -8,6 +8,7 @@ from . import _native
 from .blocks import Block
 from .driver import Driver
 from .errors import AliasError
+from .registrations import uncrossed
 from .spec import TensorSpec
 
 __all__ = ["Elements", "copied_nbytes", "copy_elements"]
@@ -50,7 +51,10 @@ def copy_elements(source: Elements, block: Block, driver: Driver | None) -> Tens
     target = block.device_pointer if block.host_pointer is None else block.host_pointer
     assert driver is not None
     assert target is not None
-    driver.copy(target, pointer, spec.nbytes)
+    host = source.host_pointer if block.host_pointer is None else block.host_pointer
+    whole = [(0, spec.nbytes)] if host is None else uncrossed(host, spec.nbytes, driver)
+    for at, nbytes in whole:
+        driver.copy(target + at, pointer + at, nbytes)
     return spec
 
 

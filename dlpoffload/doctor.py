@@ -9,17 +9,17 @@ import importlib.metadata
 import platform
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from . import __version__
-from .driver import Driver, open_driver
+from .driver import open_driver
 from .errors import CudaError, DriverNotFoundError, OffloadError
-from .limits import HostLimits, host_limits
-from .memory import pinned_nbytes
+from .findings import Finding, Machine, readable
+from .host_checks import check_memory, check_pages, check_pinned
+from .limits import host_limits
 from .probe import wrong_bytes
-from .spec import format_nbytes
 from .transfer import measure_link
 
 __all__ = ["CHECKS", "Check", "Finding", "Machine", "examine"]
@@ -38,54 +38,6 @@ PROBES: Final = {
     "host_writes_device_reads": "the host writes after the view was made, the device reads",
     "device_writes_host_reads": "the device writes through the view, the host reads",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """What one check found.
-
-    Attributes
-    ----------
-    status : str
-        ``"ok"``, ``"note"`` (works, worth knowing), ``"missing"`` (not on this machine) or ``"failed"``
-        (there, and does not work).
-    says : tuple of str
-        The finding in words, a line each.
-    facts : dict
-        The same, for machines: keys never change their meaning, bytes are ints.
-    remedy : str
-        What to do; empty when there is nothing to do.
-    """
-
-    status: str
-    says: tuple[str, ...]
-    facts: dict[str, Any] = field(default_factory=dict)
-    remedy: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """What the checks look at.
-
-    Attributes
-    ----------
-    driver : Driver
-        The driver of the device that is examined.
-    device_names : sequence of str
-        Every device, the CPU last.
-    limits : HostLimits
-        Host memory.
-    cuda_problem : CudaError or None
-        Why no CUDA device can be used; a `DriverNotFoundError` when there is none.
-    cuda_version : tuple of int or None
-        The newest CUDA that the driver serves, as (major, minor).
-    """
-
-    driver: Driver
-    device_names: Sequence[str]
-    limits: HostLimits
-    cuda_problem: CudaError | None = None
-    cuda_version: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +164,7 @@ def check_devices(machine: Machine) -> Finding:
                 "capabilities": can,
             }
         )
-        says.append(f"{name}: {driver.description}, {_readable(free)} of {_readable(total)} free")
+        says.append(f"{name}: {driver.description}, {readable(free)} of {readable(total)} free")
         for words, wanted in (("can", True), ("cannot", False)):
             names = [capability for capability, answer in can.items() if answer is wanted]
             says.append(f"  {words}: {', '.join(names) or 'nothing'}")
@@ -220,78 +172,6 @@ def check_devices(machine: Machine) -> Finding:
             status = "note" if status == "ok" else status
             says.append(f"  {name} and the host share memory: copying weights over would be a loss here")
     return Finding(status, tuple(says), {"devices": rows})
-
-
-def check_pages(machine: Machine) -> Finding:
-    """Page sizes and huge pages."""
-    limits = machine.limits
-    huge, transparent = limits.huge_page_nbytes, limits.transparent_huge_pages
-    facts = {
-        "page_nbytes": limits.page_nbytes,
-        "huge_page_nbytes": huge,
-        "huge_pages_total": limits.huge_pages_total,
-        "huge_pages_free": limits.huge_pages_free,
-        "transparent_huge_pages": transparent,
-    }
-    says = [
-        f"pages of {_readable(limits.page_nbytes)}, huge pages of {_readable(huge)}",
-        f"transparent huge pages: {transparent or 'not known'}",
-    ]
-    if limits.huge_pages_total:
-        says.append(
-            f"hugetlb pool: {limits.huge_pages_free} of {limits.huge_pages_total} pages free "
-            "(kept back from everything else; not needed here)"
-        )
-    if transparent in ("always", "madvise"):
-        return Finding("ok", tuple(says), facts)
-    return Finding(
-        "note",
-        (*says, "pinning is about half as fast without them"),
-        facts,
-        "echo madvise > /sys/kernel/mm/transparent_hugepage/enabled (as root)" if transparent else "",
-    )
-
-
-def check_memory(machine: Machine) -> Finding:
-    """Host memory and its real limits."""
-    limits = machine.limits
-    cgroup = limits.cgroup
-    facts = {
-        "mem_total_nbytes": limits.mem_total_nbytes,
-        "mem_available_nbytes": limits.mem_available_nbytes,
-        "total_nbytes": limits.total_nbytes,
-        "available_nbytes": limits.available_nbytes,
-        "binding_limit": limits.binding_limit,
-        "cgroup": None if cgroup is None else {**asdict(cgroup), "available_nbytes": cgroup.available_nbytes},
-        "memlock_nbytes": limits.memlock_nbytes,
-        "is_wsl": limits.is_wsl,
-    }
-    if limits.available_nbytes is None:
-        return Finding("note", ("this system does not say how much memory it has",), facts)
-    says = [
-        f"{_readable(limits.available_nbytes)} can be allocated now, bound by {limits.binding_limit}",
-        f"machine {_readable(limits.mem_total_nbytes)}, available {_readable(limits.mem_available_nbytes)}",
-    ]
-    if cgroup is None:
-        says.append("cgroup: no limit")
-    else:
-        says.append(
-            f"{cgroup}: limit {_readable(cgroup.limit_nbytes)}, used {_readable(cgroup.usage_nbytes)}, "
-            f"of which {_readable(cgroup.reclaimable_nbytes)} page cache"
-        )
-    if limits.memlock_nbytes is not None:
-        memlock = _readable(limits.memlock_nbytes)
-        says.append(f"memlock {memlock}: bounds mlock only, not pinning by the driver")
-    if not limits.is_wsl:
-        return Finding("ok", tuple(says), facts)
-    says.append("WSL: its virtual machine bounds memory, and Windows bounds how much can be pinned")
-    return Finding("note", tuple(says), facts, 'raise "memory=" in .wslconfig if it is too little')
-
-
-def check_pinned(machine: Machine) -> Finding:
-    """Bytes that this process has pinned now."""
-    nbytes = pinned_nbytes()
-    return Finding("ok", (f"{format_nbytes(nbytes)} pinned by this process",), {"pinned_nbytes": nbytes})
 
 
 def check_frameworks(machine: Machine) -> Finding:
@@ -326,7 +206,7 @@ def check_link(machine: Machine) -> Finding:
     }
     says = [
         f"to {driver.device} {link.host_to_device:.1f} GB/s, back {link.device_to_host:.1f} GB/s "
-        f"(pinned, {_readable(nbytes)}, median of {LINK_REPEATS})"
+        f"(pinned, {readable(nbytes)}, median of {LINK_REPEATS})"
     ]
     if driver.platform == "cpu":
         says.append("no link here: this is the copy rate of host memory, both sides of the CPU driver")
@@ -384,10 +264,3 @@ def _kernel_module_version(path: Path = Path("/proc/driver/nvidia/version")) -> 
     except OSError:
         return None
     return match.group(1) if match else None
-
-
-def _readable(nbytes: int | None) -> str:
-    """``"23.15 GiB"``; facts hold the exact count."""
-    if nbytes is None:
-        return "not known"
-    return format_nbytes(nbytes).partition(" (")[2].rstrip(")") or format_nbytes(nbytes)

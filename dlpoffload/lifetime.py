@@ -12,25 +12,84 @@ from __future__ import annotations
 import atexit
 import itertools
 import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 from . import _native
 from ._native import Owner
 
-__all__ = ["Owner", "Resource", "drain", "live", "lock", "own", "paused", "release_now"]
+__all__ = [
+    "Owner",
+    "Resource",
+    "drain",
+    "live",
+    "lock",
+    "own",
+    "owned_by",
+    "paused",
+    "release_now",
+    "trace_allocations",
+]
+
+
+_PACKAGE = __name__.partition(".")[0]
 
 
 @dataclass(frozen=True, slots=True)
 class Resource:
-    """Memory that is not freed yet: what it is, how large, and how to free it."""
+    """Memory that is not freed yet: what it is, how large, and how to free it.
+
+    Attributes
+    ----------
+    owner : str
+        For whom it was made, in the words of `owned_by`.
+    origin : str
+        File and line that asked for it, where `trace_allocations` is on; else empty.
+    """
 
     kind: str
     nbytes: int
     release: Callable[[], None]
+    owner: str = ""
+    origin: str = ""
+
+
+_owner: ContextVar[str] = ContextVar("dlpoffload_owner", default="")
+_tracing = os.environ.get("DLPOFFLOAD_TRACE", "") not in ("", "0")
+
+
+@contextmanager
+def owned_by(owner: str) -> Iterator[None]:
+    """Let memory made inside the block, on this thread, be accounted to `owner`; the outermost block counts."""
+    token = _owner.set(_owner.get() or owner)
+    try:
+        yield
+    finally:
+        _owner.reset(token)
+
+
+def trace_allocations(on: bool) -> None:
+    """Remember for each buffer made from now on which file and line asked for it.
+
+    Off by default, unless the environment says ``DLPOFFLOAD_TRACE=1``.
+    """
+    global _tracing
+    _tracing = on
+
+
+def _origin() -> str:
+    """The nearest caller outside of this package."""
+    if not _tracing:
+        return ""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and str(frame.f_globals.get("__name__", "")).partition(".")[0] == _PACKAGE:
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
 lock = threading.RLock()
@@ -59,7 +118,7 @@ def own(kind: str, nbytes: int, release: Callable[[], None]) -> _native.Owner:
     Parameters
     ----------
     kind
-        What it is, for accounting: "pinned", "pageable", "device", "import".
+        What it is, for accounting: "pinned", "mapped file", "pageable", "device", "import".
     nbytes
         Its bytes.
     release
@@ -73,7 +132,7 @@ def own(kind: str, nbytes: int, release: Callable[[], None]) -> _native.Owner:
     except BaseException:
         release()
         raise
-    _resources[token] = Resource(kind, nbytes, release)
+    _resources[token] = Resource(kind, nbytes, release, _owner.get(), _origin())
     return owner
 
 

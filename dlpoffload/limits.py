@@ -16,9 +16,10 @@ from pathlib import Path, PurePosixPath
 from .errors import HostMemoryError
 from .spec import format_nbytes
 
-__all__ = ["CgroupLimit", "HostLimits", "check_host_budget", "host_limits"]
+__all__ = ["CgroupLimit", "HostLimits", "Room", "check_host_budget", "host_limits", "reserve_of"]
 
 PAGE_TABLE_ENTRY_NBYTES = 8
+RESERVE_NBYTES = 512 << 20
 V1_UNLIMITED = 1 << 62
 """cgroup v1 writes "no limit" as the largest page-aligned 63-bit number; nothing real comes near it."""
 
@@ -54,6 +55,41 @@ class CgroupLimit:
 
     def __str__(self) -> str:
         return f'{self.file} of cgroup "{self.path}"'
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What one limit leaves to be pinned.
+
+    Attributes
+    ----------
+    name : str
+        The limit.
+    available_nbytes : int
+        What it says is free.
+    reserve_nbytes : int
+        What is left to the system all the same.
+    pinned_file_nbytes : int
+        Pages of files that this process has pinned, which the limit counts as free.
+    cgroup : CgroupLimit or None
+        The cgroup, when it is a cgroup's.
+    """
+
+    name: str
+    available_nbytes: int
+    reserve_nbytes: int
+    pinned_file_nbytes: int
+    cgroup: CgroupLimit | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that may be pinned now."""
+        return max(0, self.available_nbytes - self.reserve_nbytes - self.pinned_file_nbytes)
+
+
+def reserve_of(total_nbytes: int) -> int:
+    """What is left to the system, and to the rest of the process, under a limit: 1/64 of it, at most 512 MiB."""
+    return min(total_nbytes // 64, RESERVE_NBYTES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +153,16 @@ class HostLimits:
         """The name of the limit that `available_nbytes` comes from; empty when the system says nothing."""
         return min(self._figures(), key=lambda figure: figure[1], default=("", 0))[0]
 
+    def room(self, pinned_file_nbytes: int = 0) -> Room | None:
+        """What may be pinned: the smallest of the figures, less a reserve and less pinned pages of files."""
+        totals = {str(cgroup): cgroup for cgroup in self.cgroups}
+        rooms = []
+        for name, available in self._figures():
+            cgroup = totals.get(name)
+            total = cgroup.limit_nbytes if cgroup else self.mem_total_nbytes
+            rooms.append(Room(name, available, reserve_of(total or available), pinned_file_nbytes, cgroup))
+        return min(rooms, key=lambda room: room.nbytes, default=None)
+
     def _figures(self) -> Iterator[tuple[str, int]]:
         if self.mem_available_nbytes is not None:
             yield "free memory (MemAvailable)", self.mem_available_nbytes
@@ -155,7 +201,14 @@ def host_limits(root: str | os.PathLike[str] = "/") -> HostLimits:
     )
 
 
-def check_host_budget(nbytes: int, limits: HostLimits | None = None) -> None:
+def check_host_budget(
+    nbytes: int,
+    limits: HostLimits | None = None,
+    *,
+    pinned_nbytes: int = 0,
+    pinned_file_nbytes: int = 0,
+    host_budget: int | None = None,
+) -> None:
     """Refuse, before anything is mapped, what the kernel would answer with the OOM killer.
 
     The memory may still be taken by another process a moment later; no check can know that.
@@ -163,44 +216,64 @@ def check_host_budget(nbytes: int, limits: HostLimits | None = None) -> None:
     Parameters
     ----------
     nbytes : int
-        Bytes about to be allocated and populated. The page tables that map them are counted on top.
+        Bytes about to be allocated and populated, or pages of a file about to be pinned: those are charged in full,
+        since the kernel cannot have them back. The page tables that map them are counted on top.
     limits : HostLimits, optional
         Read now when left out.
+    pinned_nbytes : int
+        Bytes that this process has pinned already; they count against `host_budget`.
+    pinned_file_nbytes : int
+        Of them, pages of files, which the kernel and the cgroup still count as free.
+    host_budget : int, optional
+        What this process may pin in all, in the place of everything that the system says.
 
     Raises
     ------
     HostMemoryError
         `nbytes` do not fit; it names the limit that binds, and the remedy.
     """
+    if host_budget is not None:
+        if pinned_nbytes + nbytes > host_budget:
+            raise HostMemoryError(
+                f"asked for {format_nbytes(nbytes)} of host memory with {format_nbytes(pinned_nbytes)} pinned already, "
+                f"and host_budget is {format_nbytes(host_budget)}; raise it, or ask for less",
+                nbytes=nbytes,
+                limit="host_budget",
+                limit_nbytes=host_budget,
+            )
+        return
     if limits is None:
         limits = host_limits()
-    available = limits.available_nbytes
     page_tables = -(-nbytes // limits.page_nbytes) * PAGE_TABLE_ENTRY_NBYTES
-    if available is None or nbytes + page_tables <= available:
+    room = limits.room(pinned_file_nbytes)
+    if room is None or nbytes + page_tables <= room.nbytes:
         return
-    cgroup = limits.cgroup
-    if cgroup is not None and limits.binding_limit == str(cgroup):
+    cgroup = room.cgroup
+    if cgroup is not None:
         limit_nbytes = cgroup.limit_nbytes
         found = (
-            f"{format_nbytes(available)} under {cgroup}, whose limit is {format_nbytes(limit_nbytes)} with "
-            f"{format_nbytes(cgroup.usage_nbytes)} in use, of which "
+            f"{format_nbytes(cgroup.available_nbytes)} under {cgroup}, whose limit is {format_nbytes(limit_nbytes)} "
+            f"with {format_nbytes(cgroup.usage_nbytes)} in use, of which "
             f"{format_nbytes(cgroup.reclaimable_nbytes)} are page cache and count as free"
         )
         remedy = (
             'raise the limit ("docker run --memory", "resources.limits.memory" in Kubernetes, '
-            '"MemoryMax" in systemd, "--mem" in Slurm) or ask for less'
+            '"MemoryMax" in systemd, "--mem" in Slurm), pass host_budget= if you know better, or ask for less'
         )
     else:
-        limit_nbytes = available
-        found = f"{format_nbytes(available)} of {limits.binding_limit}"
-        remedy = "end what else uses memory on this machine, or ask for less"
+        limit_nbytes = room.available_nbytes
+        found = f"{format_nbytes(room.available_nbytes)} of {room.name}"
+        remedy = "end what else uses memory on this machine, pass host_budget= if you know better, or ask for less"
+    found += f", of which {format_nbytes(room.reserve_nbytes)} are left to the system"
+    if pinned_file_nbytes:
+        found += f" and {format_nbytes(pinned_file_nbytes)} are pages of files that this process has pinned"
     if limits.is_wsl:
         remedy += '; under WSL the machine is as large as "memory=" in .wslconfig says'
     raise HostMemoryError(
         f"asked for {format_nbytes(nbytes)} of host memory (and {format_nbytes(page_tables)} of page tables "
         f"for it), found {found}; {remedy}",
         nbytes=nbytes,
-        limit=limits.binding_limit,
+        limit=room.name,
         limit_nbytes=limit_nbytes,
     )
 

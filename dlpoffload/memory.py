@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from .blocks import Block, adopt_device, allocate_device, allocate_pageable, allocate_pinned, pinned_nbytes, register
+from .accounting import live_buffers, pinned_nbytes
+from .background import Progress
+from .blocks import Block, adopt_device, allocate_device, allocate_pageable, allocate_pinned, register
 from .buffer import Buffer
+from .chunked import allocate_chunked
 from .copies import copied_nbytes, copy_elements
 from .driver import Driver, open_driver
 from .errors import AliasError, RegistrationError, SpecError
-from .lifetime import live
 from .maps import check_registrable
+from .pages import HugePages, PinOptions
 from .producers import view_of
 from .spec import ALIGNMENT, DType, TensorSpec, format_nbytes, lay_out, parse_nbytes
 from .view import CPU, CUDA, Label, View
 
 __all__ = ["DeviceBuffer", "HostBuffer", "live_buffers", "pinned_nbytes"]
-
-
-def live_buffers() -> list[tuple[str, int]]:
-    """Kind and bytes of every buffer that is not freed yet, closed ones under live views included."""
-    return [(resource.kind, resource.nbytes) for resource in live() if resource.kind != "import"]
 
 
 class HostBuffer(Buffer):
@@ -34,7 +32,19 @@ class HostBuffer(Buffer):
     _kind = "host buffer"
 
     @classmethod
-    def allocate(cls, nbytes: int | str, *, device: str | int | None = None, pinned: bool = True) -> HostBuffer:
+    def allocate(
+        cls,
+        nbytes: int | str,
+        *,
+        device: str | int | None = None,
+        pinned: bool = True,
+        huge_pages: HugePages = "transparent",
+        numa_node: int | None = None,
+        host_budget: int | str | None = None,
+        background: bool = False,
+        chunk_nbytes: int | str = "1GiB",
+        progress: Progress | None = None,
+    ) -> HostBuffer:
         """Allocate pinned, mapped host memory. Its bytes are zero.
 
         Parameters
@@ -45,18 +55,42 @@ class HostBuffer(Buffer):
             For which device; the first CUDA device by default, or the CPU driver where there is none.
         pinned
             False gives pageable memory: it has no device pointer, and copies out of it are slow.
+        huge_pages
+            ``"transparent"``; ``"hugetlb"`` takes pages of the pool that an administrator reserved, the largest that
+            fit, and rounds up to them; ``"never"``. What could not be had stands in `notes`.
+        numa_node
+            Where the pages come from while it has any; the device's own node by default.
+        host_budget
+            What this process may pin in all, in the place of what the system says of its memory.
+        background
+            Pin chunk by chunk on a thread and return at once. A view waits for the chunks that it lies in, and lies in
+            one chunk; `pinning` says how far it is, waits and cancels.
+        chunk_nbytes
+            Bytes of one chunk, in whole huge pages of 2 MiB: registering one stalls kernels that run meanwhile.
+        progress
+            Called with bytes pinned and bytes in all, on the thread that pins.
 
         Raises
         ------
         SpecError
-            `nbytes` is zero, negative or does not parse.
+            `nbytes` is zero, negative or does not parse; an option that has no effect is given.
         HostMemoryError
             The machine has not that much to give; nothing stays allocated.
         """
-        count = parse_nbytes(nbytes)
+        count, driver = parse_nbytes(nbytes), open_driver(device)
         if count == 0:
             raise SpecError("nbytes=0; a host buffer holds at least one byte")
-        return cls((allocate_pinned if pinned else allocate_pageable)(count, open_driver(device)))
+        options = PinOptions.checked(huge_pages, numa_node, host_budget)
+        if not pinned:
+            if background or progress or options != PinOptions():
+                raise SpecError("pinned=False takes none of the options of pinning; leave them out")
+            return cls(allocate_pageable(count, driver))
+        if background:
+            block, pinning = allocate_chunked(count, driver, options, parse_nbytes(chunk_nbytes), progress)
+            return cls(block, pinning)
+        if progress is not None:
+            raise SpecError("progress= is told of chunks; pass background=True as well")
+        return cls(allocate_pinned(count, driver, options))
 
     @classmethod
     def register(cls, producer: Any, *, device: str | int | None = None) -> HostBuffer:
@@ -124,20 +158,36 @@ class HostBuffer(Buffer):
         return pointer
 
     @property
-    def pinned(self) -> bool:
-        """Whether these bytes are pinned; pageable ones are not."""
-        return self._open_block().pinned
-
-    @property
     def read_only(self) -> bool:
         """Whether views of this buffer are read-only."""
         return self._open_block().read_only
+
+    @property
+    def pinned(self) -> bool:
+        """Whether it is page-locked; False of pageable memory."""
+        return self._open_block().pinned
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What could not be had when it was allocated, and what was taken in its place."""
+        return self._open_block().notes
+
+    @property
+    def borders(self) -> tuple[int, ...]:
+        """Host addresses inside where one registration ends and the next begins: no copy may cross one."""
+        return self._open_block().borders
+
+    def pieces(self, byte_offset: int, nbytes: int) -> Iterator[tuple[int, int]]:
+        """Byte offset and bytes of the copies that move a range of this buffer, none across two registrations."""
+        return self._open_block().pieces(byte_offset, nbytes)
 
     def memoryview(self, byte_offset: int = 0, nbytes: int | None = None) -> memoryview:
         """View bytes on the host as a memoryview; it counts as a live view."""
         offset = parse_nbytes(byte_offset, "byte_offset")
         count = max(self.nbytes - offset, 0) if nbytes is None else parse_nbytes(nbytes)
-        return self.host_view((count,), "uint8", byte_offset=offset).memoryview()
+        # No device copies out of it, so it may lie in several chunks.
+        spec = TensorSpec((count,), "uint8")
+        return self._view_of_spec(self._open_block(), spec, offset, Label.CPU, whole=False).memoryview()
 
     def host_view(
         self,
@@ -183,6 +233,7 @@ class HostBuffer(Buffer):
         strides: Sequence[int] | None = None,
         byte_offset: int = 0,
         device: str | int | None = None,
+        read_only: bool = False,
     ) -> View:
         """View bytes of this buffer as a tensor of the device: kDLCUDA over mapped host memory (UVA, zero-copy).
 
@@ -193,16 +244,28 @@ class HostBuffer(Buffer):
         ----------
         device
             Which device of the buffer's driver; the buffer's own by default.
+        read_only
+            Has to be said of memory that is read-only: frameworks do not keep a kernel from writing through the view,
+            and a write that reaches such memory is an illegal access, which ends the CUDA context.
 
         Raises
         ------
         AliasError
-            As `host_view`, and when the device cannot map host memory or does not belong to the buffer's driver.
+            As `host_view`; the device cannot map host memory or does not belong to the buffer's driver; the buffer is
+            read-only and `read_only` was not said.
         """
         block = self._open_block()
+        if block.read_only and not read_only:
+            raise AliasError(
+                "this buffer is read-only (a mapped file), and a kernel that writes through a device view of it ends "
+                "the CUDA context; say read_only=True where nothing writes, or copy it (HostBuffer.copy_of, "
+                "HostStore.copy_out)"
+            )
         if device is not None:
             block = self._seen_from(block, open_driver(device))
-        return self._view_of_spec(block, TensorSpec(shape, dtype, strides), byte_offset, Label.DEVICE)
+        return self._view_of_spec(
+            block, TensorSpec(shape, dtype, strides), byte_offset, Label.DEVICE, read_only=read_only
+        )
 
     def _seen_from(self, block: Block, driver: Driver) -> Block:
         """The same block with the addresses of another device: pinned memory is portable."""
@@ -212,7 +275,7 @@ class HostBuffer(Buffer):
         if driver.platform != own.platform:
             raise AliasError(f"this buffer is pinned for {own.device}; {driver.device} cannot map it")
         pointer = driver.host_device_pointer(self.host_pointer)
-        return Block(block.owner, driver, block.nbytes, block.host_pointer, pointer, block.pinned, block.read_only)
+        return replace(block, driver=driver, device_pointer=pointer)
 
     def carve(
         self, specs: Mapping[str, TensorSpec], *, byte_offset: int = 0, label: Label | str = Label.CPU

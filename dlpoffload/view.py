@@ -7,15 +7,27 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from enum import Enum
-from typing import Any, Final, NoReturn
+from typing import Any, NoReturn
 
 from . import _native
 from .blocks import Block, allocate_device, allocate_pageable, allocate_pinned
 from .copies import copied_nbytes, copy_elements
 from .driver import Driver, open_driver
 from .errors import AliasError, DriverNotFoundError
-from .spec import DType, TensorSpec, format_nbytes, parse_nbytes
+from .labels import (
+    CPU,
+    CUDA,
+    CUDA_HOST,
+    DEVICE_NAMES,
+    LEGACY_STREAM,
+    NO_ORDER,
+    Label,
+    check_stream,
+    checked_device,
+    checked_range,
+    device_text,
+)
+from .spec import DType, TensorSpec
 
 __all__ = [
     "CPU",
@@ -28,35 +40,6 @@ __all__ = [
     "check_stream",
     "checked_range",
 ]
-
-CPU: Final = 1
-CUDA: Final = 2
-CUDA_HOST: Final = 3
-DEVICE_NAMES: Final = {CPU: "kDLCPU", CUDA: "kDLCUDA", CUDA_HOST: "kDLCUDAHost"}
-_LEGACY_STREAM: Final = 1
-NO_ORDER: Final = -1
-
-
-class Label(Enum):
-    """What a view says of its device. Consumers differ in what they take: see docs/interchange.md.
-
-    Attributes
-    ----------
-    CPU
-        Host memory. Every consumer on the CPU takes it.
-    PINNED
-        Page-locked host memory (kDLCUDAHost). JAX takes it without a copy as ``pinned_host``; torch refuses it.
-    PINNED_AS_CPU
-        ``__dlpack_device__`` says page-locked, the capsule says CPU. torch, NumPy and JAX all take it, and torch
-        exports its own pinned tensors like that.
-    DEVICE
-        The device's own address (kDLCUDA). On the CPU driver the device is the CPU.
-    """
-
-    CPU = "cpu"
-    PINNED = "pinned"
-    PINNED_AS_CPU = "pinned_as_cpu"
-    DEVICE = "device"
 
 
 class View:
@@ -189,6 +172,18 @@ class View:
             ready=self._ready,
         )
 
+    def unguarded(self) -> View:
+        """View the same bytes as if they could be written: for a consumer that never writes and reads no flags.
+
+        JAX asks for capsules that cannot say read-only, and writes only to arrays that it was told to donate. Whoever
+        writes through this over memory that is mapped read-only ends the process, or the CUDA context.
+
+        *Aliasing*: these bytes. *Lifetime*: keeps them alive.
+        """
+        made = self._labelled(self.label)
+        made.read_only = False
+        return made
+
     def __array__(self, *args: Any, **options: Any) -> NoReturn:
         """Refuse: without this, ``numpy.asarray`` would wrap the view in an array of objects and say nothing."""
         raise AliasError(f"numpy.asarray({self!r}) would not view its elements; use numpy.from_dlpack(view)")
@@ -241,12 +236,12 @@ class View:
         """
         if copy not in (None, True, False):
             raise AliasError(f"copy={copy!r}; the standard knows True, False and None")
-        wanted = self._device(capsule=False) if dl_device is None else _checked_device(dl_device)
+        wanted = self._device(capsule=False) if dl_device is None else checked_device(dl_device)
         check_stream(stream, wanted)
         alias = self if dl_device is None else self._on(wanted)
         if alias is None and copy is False:
             raise AliasError(
-                f"{self!r} cannot be aliased on {_device_text(wanted)} and copy=False forbids a copy; "
+                f"{self!r} cannot be aliased on {device_text(wanted)} and copy=False forbids a copy; "
                 "ask with copy=None, or take a view of memory which that device reaches"
             )
         versioned = max_version is not None and max_version[0] >= 1
@@ -257,7 +252,7 @@ class View:
             if self.read_only and not versioned:
                 raise AliasError(
                     f"{self!r} is read-only and a legacy capsule cannot say so; the consumer must ask for "
-                    "max_version=(1, 0) or newer, or for a copy"
+                    "max_version=(1, 0) or newer, or for a copy; view.unguarded() is for one that never writes"
                 )
             self._order(wanted, stream)
         spec = view.spec
@@ -290,7 +285,8 @@ class View:
             return None
         if kind == CUDA_HOST and device[1] == 0 and self.host_pointer is not None:
             return self._labelled(Label.PINNED)
-        if kind == CUDA and device[1] == driver.device_id and self.device_pointer is not None:
+        # A consumer's kernels may write, and over read-only memory that ends the context: only device_view, by name.
+        if kind == CUDA and device[1] == driver.device_id and self.device_pointer is not None and not self.read_only:
             return self._labelled(Label.DEVICE)
         return None
 
@@ -310,7 +306,7 @@ class View:
         if self._ready is None or stream == NO_ORDER:
             return
         if device[0] == CUDA:
-            self._driver().stream_wait_event(_LEGACY_STREAM if stream is None else stream, self._ready)
+            self._driver().stream_wait_event(LEGACY_STREAM if stream is None else stream, self._ready)
         else:
             self._driver().event_synchronize(self._ready)
 
@@ -357,48 +353,4 @@ class View:
         try:
             return open_driver(f"cuda:{device[1]}")
         except DriverNotFoundError as error:
-            raise AliasError(f"{self!r} cannot be copied to {_device_text(device)}: {error}") from error
-
-
-def checked_range(spec: TensorSpec, byte_offset: int, pointer: int, nbytes: int, what: str) -> int:
-    """The offset of a tensor in `nbytes` bytes at `pointer`, after checking that it lies inside and is aligned."""
-    offset = parse_nbytes(byte_offset, "byte_offset")
-    if offset + spec.nbytes > nbytes:
-        raise AliasError(
-            f"a view of {spec} at byte_offset={offset} ends at byte {offset + spec.nbytes}, but this "
-            f"{what} has {format_nbytes(nbytes)}; use a smaller shape or a larger buffer"
-        )
-    if spec.dtype.itembits % 8 == 0 and (pointer + offset) % min(spec.dtype.itemsize, 16):
-        raise AliasError(
-            f"byte_offset={offset} of a {what} at {pointer:#x} is not aligned to the {spec.dtype.itemsize} bytes "
-            f"of a {spec.dtype}; carve() lays tensors out aligned"
-        )
-    return offset
-
-
-def check_stream(stream: int | None, device: tuple[int, int]) -> None:
-    if stream is None:
-        return
-    if isinstance(stream, bool) or not isinstance(stream, int) or stream < NO_ORDER:
-        raise AliasError(f"stream={stream!r}; the array API standard knows None and whole numbers from -1 on")
-    if device[0] == CPU:
-        raise AliasError(f"stream={stream} for {_device_text(device)}, which has no streams; pass None")
-    if device[0] == CUDA and stream == 0:
-        raise AliasError(
-            "stream=0 is ambiguous and the array API standard disallows it for CUDA; "
-            "pass 1 (legacy default), 2 (per thread default), a handle, or -1 for no ordering"
-        )
-
-
-def _checked_device(device: tuple[int, int]) -> tuple[int, int]:
-    kind, number = int(device[0]), int(device[1])
-    if kind not in DEVICE_NAMES or number < 0 or (number and kind != CUDA):
-        raise AliasError(
-            f"dl_device={device} is no device of this library; "
-            f"known are {', '.join(f'{name} ({value})' for value, name in DEVICE_NAMES.items())}"
-        )
-    return kind, number
-
-
-def _device_text(device: tuple[int, int]) -> str:
-    return f"({DEVICE_NAMES[device[0]]}, {device[1]})"
+            raise AliasError(f"{self!r} cannot be copied to {device_text(device)}: {error}") from error

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from .aligning import Aligned, align
 from .assembly import Assembly
 from .opening import Checkpoint, open_checkpoint
 from .reading import Progress
 from .recipe import Recipe, assemblies, concat, differences, narrow, part
+from .shard import Shard, Stored, Watch
 
 __all__ = [
+    "Aligned",
     "Assembly",
     "Checkpoint",
     "Progress",
     "Recipe",
+    "Shard",
+    "Stored",
+    "Watch",
+    "align",
     "assemblies",
     "concat",
     "differences",

@@ -61,6 +61,10 @@ class Checkpoint:
         """The file that a tensor lies in."""
         return self._homes[name].path
 
+    def shards(self) -> list[Shard]:
+        """Every file, in the order of the names."""
+        return list(dict.fromkeys(self._homes.values()))
+
     def close(self) -> None:
         """Close the files. Idempotent."""
         self._files.close()

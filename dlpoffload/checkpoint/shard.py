@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+import weakref
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from typing import Any, Final
 from ..errors import CheckpointError, MissingFrameworkError, SpecError
 from ..spec import TensorSpec, format_nbytes
 
-__all__ = ["Shard", "Stored", "open_shard", "without_duplicates"]
+__all__ = ["Shard", "Stored", "Watch", "open_shard", "without_duplicates"]
 
 _DTYPES: Final = {
     "BOOL": "bool",
@@ -46,6 +47,9 @@ class Stored:
     spec: TensorSpec
     byte_offset: int
     nbytes: int
+    stored_dtype: str
+    stored_shape: tuple[int, ...]
+    """Both as the file has them."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -62,12 +66,59 @@ class Shard:
 
     def check_unchanged(self) -> None:
         """Raise CheckpointError when somebody wrote to the file since it was opened."""
-        status = os.fstat(self.file.fileno())
-        if (status.st_size, status.st_mtime_ns) != (self.nbytes, self.changed_ns):
-            raise CheckpointError(
-                f'"{self.path}" changed while it was read: it had {format_nbytes(self.nbytes)} when it was '
-                f"opened and has {status.st_size} now; read it again when nobody writes to it"
-            )
+        _check_unchanged(self.path, self.file.fileno(), self.nbytes, self.changed_ns)
+
+    def read(self, byte_offset: int, nbytes: int) -> bytes:
+        """Read a range of the file; CheckpointError when it is not all there."""
+        parts = []
+        while nbytes:
+            try:
+                part = os.pread(self.file.fileno(), nbytes, byte_offset)
+            except OSError as error:
+                raise CheckpointError(
+                    f'"{self.path}" cannot be read at byte {byte_offset}: {error.strerror}; check the disk, or fetch '
+                    "the file again"
+                ) from error
+            if not part:
+                raise CheckpointError(f'"{self.path}" ends at byte {byte_offset}; fetch the file again')
+            parts.append(part)
+            byte_offset += len(part)
+            nbytes -= len(part)
+        return b"".join(parts)
+
+    def watch(self) -> Watch:
+        """Keep the file open beyond its checkpoint, and look at it now and then."""
+        return Watch(self.path, os.dup(self.file.fileno()), self.nbytes, self.changed_ns)
+
+
+class Watch:
+    """An open file that is used in place. *Lifetime*: it is closed when this is dropped.
+
+    Attributes
+    ----------
+    path : Path
+    descriptor : int
+    """
+
+    def __init__(self, path: Path, descriptor: int, nbytes: int, changed_ns: int) -> None:
+        self.path = path
+        self.descriptor = descriptor
+        self._nbytes = nbytes
+        self._changed_ns = changed_ns
+        weakref.finalize(self, os.close, descriptor).atexit = False
+
+    def check_unchanged(self) -> None:
+        """Raise CheckpointError when somebody wrote to the file, or cut it off, since it was opened."""
+        _check_unchanged(self.path, self.descriptor, self._nbytes, self._changed_ns)
+
+
+def _check_unchanged(path: Path, descriptor: int, nbytes: int, changed_ns: int) -> None:
+    status = os.fstat(descriptor)
+    if (status.st_size, status.st_mtime_ns) != (nbytes, changed_ns):
+        raise CheckpointError(
+            f'"{path}" changed while it was read: it had {format_nbytes(nbytes)} when it was '
+            f"opened and has {status.st_size} now; read it again when nobody writes to it"
+        )
 
 
 def open_shard(path: Path, files: ExitStack) -> Shard:
@@ -141,7 +192,7 @@ def _read_header(
                 f'"{path}" places tensor "{name}" of {format_nbytes(spec.nbytes)} at bytes {begin} to {end} '
                 f"of the {nbytes - data} behind its header; fetch it again"
             )
-        tensors[name] = Stored(spec, data + begin, end - begin)
+        tensors[name] = Stored(spec, data + begin, end - begin, entry["dtype"], tuple(entry["shape"]))
     return tensors, metadata
 
 

@@ -19,6 +19,7 @@ from typing import Final
 
 from ..errors import CudaError
 from ..limits import host_limits
+from ..maps import mappings
 from . import cpu_memory as memory
 from . import refusals
 from .cpu_memory import PAGE, Range, Ranges
@@ -55,6 +56,8 @@ class CpuDriver:
         reader that does not wait for its copy, or a copy that does not wait for the last reader, gives a
         wrong result, and always the same for the same seed. For tests; what asks `event_query` in a loop and
         waits for nothing may never end.
+    numa_node : int, optional
+        The node that the device says it is near to.
     **capabilities : bool
         Fields of `Capabilities` to take away or add, for example ``map_host_memory=False``.
 
@@ -74,8 +77,10 @@ class CpuDriver:
         host_limit_nbytes: int | None = None,
         device_limit_nbytes: int | None = None,
         adversary: int | None = None,
+        numa_node: int | None = None,
         **capabilities: bool,
     ) -> None:
+        self.numa_node = numa_node
         self.description = _cpu_name()
         physical = host_limits().total_nbytes
         if physical is None:
@@ -149,6 +154,11 @@ class CpuDriver:
         if not able.host_register or (read_only and not able.read_only_host_register):
             raise cuda_error(call, "CUDA_ERROR_NOT_SUPPORTED")
         if nbytes <= 0 or pointer <= 0 or not memory.is_mapped(start, end):
+            raise cuda_error(call, "CUDA_ERROR_INVALID_VALUE")
+        mapped = list(mappings(start, end))
+        if read_only and any(mapping.is_private and mapping.inode for mapping in mapped):
+            raise cuda_error(call, "CUDA_ERROR_INVALID_VALUE", "a private mapping of a file: CUDA would never return")
+        if not read_only and not all(mapping.is_writable for mapping in mapped):
             raise cuda_error(call, "CUDA_ERROR_INVALID_VALUE")
         if self._registered.overlap(start, end) or self._allocated.overlap(start, end):
             raise cuda_error(call, "CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED")
@@ -285,18 +295,11 @@ class CpuDriver:
             self._streams.drain(call)
             return table.remove(pointer)  # the drain gave up the lock: another thread may have been quicker
 
-    def _end(self, known: Range) -> int:
-        """Where known memory ends; registrations may adjoin."""
-        end = known.end
-        while (following := self._registered.find(end)) is not None:
-            end = following.end
-        return end
-
     def _check_range(self, call: str, pointer: int, nbytes: int, *, write: bool = False) -> None:
-        """What CUDA checks of an address: not null, and not across the end of an allocation."""
+        """What CUDA checks of an address: not null, and not across the end of an allocation or a registration."""
         with self._streams.lock:
             known = self._device.find(pointer) or self._pinned(pointer)
-            end = self._end(known) if known else None
+            end = known.end if known else None
         problem = ""
         if nbytes < 0 or (pointer <= 0 and nbytes):
             problem = "are no memory"

@@ -11,14 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from types import ModuleType, TracebackType
+from types import ModuleType
 from typing import Any, Final
 
 from ..errors import CudaError, DriverNotFoundError
 from ..limits import host_limits
 from . import refusals
+from .current import Current
 from .protocol import Capabilities, PointerInfo
 from .refusals import cuda_error
+from .topology import numa_node_of
 
 __all__ = ["CudaDriver", "check", "device_count", "driver_version"]
 
@@ -196,7 +198,7 @@ class CudaDriver:
         return result
 
     def current(self) -> AbstractContextManager[None]:
-        return _Current(self)
+        return Current(self._push, self._pop)
 
     @contextmanager
     def relaxed(self) -> Iterator[None]:
@@ -232,6 +234,10 @@ class CudaDriver:
     def _attribute(self, name: str) -> bool:
         attribute = getattr(self._cuda.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
         return bool(self._call("cuDeviceGetAttribute", attribute, self._handle, detail=name))
+
+    @property
+    def numa_node(self) -> int | None:
+        return numa_node_of(self._call("cuDeviceGetPCIBusId", 16, self._handle))
 
     def device_memory_info(self) -> tuple[int, int]:
         free, total = self._call("cuMemGetInfo")
@@ -382,22 +388,3 @@ class CudaDriver:
 
     def fill_async(self, destination: int, value: int, nbytes: int, stream: int) -> None:
         self._call("cuMemsetD8Async", destination, value, nbytes, stream)
-
-
-class _Current:
-    """`CudaDriver.current`: a class, because a generator costs several times the check itself."""
-
-    __slots__ = ("_driver", "_pushed")
-
-    def __init__(self, driver: CudaDriver) -> None:
-        self._driver = driver
-        self._pushed = False
-
-    def __enter__(self) -> None:
-        self._pushed = self._driver._push()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._pushed:
-            self._driver._pop()

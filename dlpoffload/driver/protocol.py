@@ -70,6 +70,11 @@ class Driver(Protocol):
     description: str
     """What to call it in a report, for example "NVIDIA H100 80GB HBM3"."""
 
+    @property
+    def numa_node(self) -> int | None:
+        """The host's NUMA node that the device is nearest to; None where the system does not say."""
+        ...
+
     def capabilities(self) -> Capabilities: ...
 
     def device_memory_info(self) -> tuple[int, int]:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from ..errors import SpecError
-from ..memory import HostBuffer
-from ..spec import TensorSpec, aligned, lay_out
+from ..spec import TensorSpec, aligned
 
-__all__ = ["Region", "Units", "checked_units", "grouped", "near_to"]
+__all__ = ["Units", "checked_units", "grouped", "near_to"]
 
 _GROUP_NBYTES: Final = 1 << 30
 """Tensors of no unit share buffers of at most this: longer registrations stall kernels that run meanwhile."""
@@ -27,28 +25,6 @@ class NamedUnit(Protocol):
 
 
 Units = Mapping[str, Iterable[str]] | Iterable[NamedUnit]
-
-
-@dataclass(eq=False, slots=True)
-class Region:
-    """The tensors of one buffer; the buffer is allocated when the first of them is used."""
-
-    specs: Mapping[str, TensorSpec]
-    byte_offsets: Mapping[str, int]
-    nbytes: int
-    """From the first byte to the end of the last tensor."""
-    buffer: HostBuffer | None = None
-
-    @classmethod
-    def of(cls, specs: Mapping[str, TensorSpec]) -> Region:
-        """Lay tensors out in one buffer, each aligned to 256 bytes."""
-        layout = lay_out(specs)
-        return cls(specs, layout.byte_offsets, layout.nbytes)
-
-    @property
-    def buffer_nbytes(self) -> int:
-        """Bytes to allocate: empty tensors alone need an address all the same."""
-        return max(self.nbytes, 1)
 
 
 def grouped(specs: Mapping[str, TensorSpec]) -> Iterator[dict[str, TensorSpec]]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-from ..errors import AliasError
+from ..errors import AliasError, SpecError
 from ..memory import HostBuffer
+from ..producers import view_of
 from ..spec import TensorSpec
 from ..view import View
 
-__all__ = ["packed_for"]
+__all__ = ["packed_for", "packed_source", "viewed"]
 
 
 def packed_for(view: View, spec: TensorSpec, name: str, device: str) -> View:
@@ -45,3 +47,30 @@ def _equal_strides(one: TensorSpec, other: TensorSpec) -> bool:
 def _permuted(spec: TensorSpec, order: Sequence[int]) -> TensorSpec:
     shape, strides = ([lengths[axis] for axis in order] for lengths in (spec.shape, spec.strides))
     return TensorSpec(shape, spec.dtype, strides)
+
+
+def packed_source(name: str, source: Any, spec: TensorSpec, device: str) -> View:
+    """View a source of a stored tensor as the bytes that `spec` spans.
+
+    Raises
+    ------
+    SpecError
+        Its shape or dtype is another one.
+    AliasError
+        It gives no view of its memory; or see `packed_for`.
+    """
+    view = viewed(name, source)
+    if (view.shape, view.dtype) != (spec.shape, spec.dtype):
+        raise SpecError(
+            f'tensor "{name}" of this store is {spec}, but the {type(source).__name__} to copy is '
+            f"{view.spec}; shape and dtype must be equal"
+        )
+    return packed_for(view, spec, name, device) if spec.nbytes else view
+
+
+def viewed(name: str, producer: Any) -> View:
+    """A view of one tensor of a mapping; errors name it."""
+    try:
+        return view_of(producer)
+    except (AliasError, SpecError) as error:
+        raise type(error)(f'tensor "{name}": {error}') from error

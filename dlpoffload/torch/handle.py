@@ -349,12 +349,12 @@ class OffloadHandle:
     # ------------------------------------------------------------------------------------------ copies
 
     @contextmanager
-    def uninstalled(self) -> Iterator[Placed]:
-        """Take everything off the module for the length of a block, so that it can be copied."""
+    def copyable(self) -> Iterator[Placed]:
+        """Let the module be deep-copied for the length of a block; see `Installed.copyable`."""
         with self._lock:
             placed = self._open()
             self._check_awake("copied")
-            with self._installed.suspended():
+            with self._installed.copyable():
                 yield placed
 
     def offload_like(self, module: nn.Module) -> OffloadHandle:

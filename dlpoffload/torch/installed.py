@@ -65,26 +65,22 @@ class Installed:
             self._hooks += guard_state_dicts(self._placed.stager, self._units)
         self._hooks += refuse_gradients(member.of_module for member in self._placed.offloaded())
 
-    def _take_off(self) -> None:
+    def remove(self) -> None:
+        """Take everything off."""
         while self._hooks:
             self._hooks.pop().remove()
         for forward in reversed(self.forwards):
             forward.remove()
-
-    def remove(self) -> None:
-        """Take everything off."""
-        self._take_off()
         self._overrides.take()
         # The handle may outlive this, and the ring's slots must not.
         self.forwards.clear()
         self._units.clear()
 
     @contextmanager
-    def suspended(self) -> Iterator[None]:
-        """Take everything off for the length of a block."""
-        self._take_off()
-        try:
-            with self._overrides.suspended():
-                yield
-        finally:
-            self._put_on()
+    def copyable(self) -> Iterator[None]:
+        """Let the module be deep-copied for the length of a block, while other threads may run it.
+
+        So forwards and hooks stay: without its forward a unit would be run without a lease. They leave themselves out.
+        """
+        with self._overrides.suspended():
+            yield

@@ -13,16 +13,20 @@ Replays, like whatever else uses the same memory, are the caller's to order agai
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from enum import Enum
 from typing import Final
 
 from .. import lifetime
 from ..driver import Driver
+from ..errors import CudaError, SlotError
+from ..slab import Slab
 from .slots import Slot
+from .stats import Stopwatch
 from .timeline import Timeline
 
-__all__ = ["Horizon", "Timelines"]
+__all__ = ["Horizon", "Timelines", "dispose"]
 
 
 _GRAPH_END_S: Final = 0.1
@@ -39,9 +43,10 @@ class Horizon(Enum):
 class Timelines:
     """The eager timeline, and one for each capture."""
 
-    def __init__(self, driver: Driver, slots: Sequence[Slot], memory: Sequence[object]) -> None:
+    def __init__(self, driver: Driver, slots: Sequence[Slot], slabs: Mapping[str, Slab]) -> None:
         self._driver = driver
-        self._memory = [*memory, *(slot.buffer for slot in slots)]  # what a replay reads and writes
+        self._slabs = slabs
+        self._slots = [slot.buffer for slot in slots]
         self._captures: dict[int, Timeline] = {}
         self._steps: list[tuple[int, Timeline]] = []  # begun and not ended, and on which stream
         self._parts_captured = False
@@ -84,7 +89,8 @@ class Timelines:
 
     def _held(self, stream: int) -> lifetime.Owner:
         """Let the graph that is captured keep the memory that it will use; counts who can replay it."""
-        kept = list(self._memory)
+        # What a replay reads and writes.
+        kept = [*self._slots, *(buffer for slab in self._slabs.values() for buffer in slab.buffers)]
         owner = lifetime.own("graph", 0, kept.clear)
         argument, function = owner.lend()
         try:
@@ -94,6 +100,8 @@ class Timelines:
             raise
         finally:
             owner.release()
+        for slab in self._slabs.values():
+            slab.captured(owner)
         return owner
 
     def replayable(self) -> list[Timeline]:
@@ -163,6 +171,14 @@ class Timelines:
                 time.sleep(0.001)  # the driver ends it on a thread of its own
         return list(self._captures.values())
 
+    def check_uncaptured(self, what: str) -> None:
+        """See `SlotRing.check_uncaptured`."""
+        if alive := self.replayable_now():
+            raise SlotError(
+                f"{len(alive)} captured graphs can still be replayed into this ring's slots, so it cannot be "
+                f"{what}: {', '.join(map(str, alive))}; drop them first (del graph), and capture again afterwards"
+            )
+
     def drain_unit(self, unit: str) -> None:
         """Block until nothing enqueued reads or writes the unit's host bytes, replays included."""
         if self.shared:
@@ -174,3 +190,14 @@ class Timelines:
         """Destroy every event and stream."""
         for timeline in self.all():
             timeline.close()
+
+
+def dispose(driver: Driver, stopwatch: Stopwatch, timelines: Timelines) -> None:
+    """End a ring that was dropped: after its copies and readers, destroy events and streams."""
+    with driver.current(), driver.relaxed():
+        try:
+            with suppress(CudaError):  # work that failed has ended, too; `close` is where one hears of it
+                timelines.eager.drain()
+        finally:
+            stopwatch.close()
+            timelines.close()

@@ -128,7 +128,8 @@ class Lease:
         self._check()
         slab = self._ring.slabs[self.unit]
         if self.slot is None:
-            return {name: slab.device_view(name) for name in slab.specs}
+            read_only = slab.read_only  # which the ring was told by name
+            return {name: slab.device_view(name, read_only=read_only) for name in slab.specs}
         buffer = self.slot.buffer
         return {
             name: buffer.device_view(spec.shape, spec.dtype, strides=spec.strides, byte_offset=slab.byte_offsets[name])

@@ -11,34 +11,24 @@ import itertools
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Literal
 
 from ..driver import Driver, open_driver
-from ..errors import ClosedError, CudaError, SlotError, SpecError
+from ..errors import ClosedError, SlotError, SpecError
 from ..memory import DeviceBuffer
 from ..slab import Slab
 from ..spec import ALIGNMENT, aligned, format_nbytes
-from .capture import Horizon, Timelines
+from .capture import Horizon, Timelines, dispose
 from .lease import Lease, StreamLike, stream_handle
-from .slots import Slot, SlotState, check_device, close_slots, make_slots
+from .slots import Slot, SlotState, check_device, close_slots, make_slots, no_free_slot
 from .stats import Stopwatch, TransferStats
 from .timeline import Timeline
 
 __all__ = ["SlotRing"]
 
 Expected = Callable[[Horizon], Sequence[str]]
-
-
-def _dispose(driver: Driver, stopwatch: Stopwatch, timelines: Timelines) -> None:
-    with driver.current(), driver.relaxed():
-        try:
-            with suppress(CudaError):  # work that failed has ended, too; `close` is where one hears of it
-                timelines.eager.drain()
-        finally:
-            stopwatch.close()
-            timelines.close()
 
 
 class SlotRing:
@@ -55,8 +45,8 @@ class SlotRing:
     allocate
         Allocates one slot of so many bytes: a framework's own allocator, so that its accounting stays true.
     when_full
-        What a unit does that finds every slot leased: "map" runs it from its mapped view (counted in
-        `stats.mapped_runs`), "error" raises `SlotError`.
+        What a unit does that finds every slot leased: "map" runs it from its mapped view (counted in `mapped_runs`),
+        "error" raises `SlotError`. In read-only memory (a mapped file) it runs by "map_read_only" alone: no write then.
 
     Raises
     ------
@@ -64,7 +54,7 @@ class SlotRing:
         No units, fewer than one slot, a slab that is pinned for another kind of device, or a slot from `allocate` that
         is too small or on another device.
     SpecError
-        `when_full` is neither.
+        `when_full` is none of them.
     DeviceMemoryError
         The device has no room; no slot stays allocated.
     """
@@ -76,14 +66,14 @@ class SlotRing:
         slots: int = 2,
         device: str | int | None = None,
         allocate: Callable[[int], DeviceBuffer] | None = None,
-        when_full: Literal["map", "error"] = "map",
+        when_full: Literal["map", "map_read_only", "error"] = "map",
     ) -> None:
         if not slabs:
             raise SlotError("a slot ring needs at least one unit to stage")
         if slots < 1:
             raise SlotError(f"slots={slots}; a ring needs at least one slot, and two to overlap copies with compute")
-        if when_full not in ("map", "error"):
-            raise SpecError(f'when_full={when_full!r}; a unit that finds no free slot is told to "map" or "error"')
+        if when_full not in ("map", "map_read_only", "error"):
+            raise SpecError(f'when_full={when_full!r}; it is "map", "map_read_only" or "error"')
         self.driver: Driver = open_driver(device)
         self.slabs = dict(slabs)
         for unit, slab in self.slabs.items():
@@ -100,13 +90,13 @@ class SlotRing:
         try:
             with self.driver.current():
                 self._stopwatch = Stopwatch(self.driver)
-                self._timelines = Timelines(self.driver, self.slots, [slab.buffer for slab in self.slabs.values()])
+                self._timelines = Timelines(self.driver, self.slots, self.slabs)
         except BaseException:
             close_slots(self.slots)
             raise
         # Dropped without close: the timelines keep the slots until their copies and readers have ended, in whatever
         # order the garbage goes. At exit the process frees everything.
-        self._dispose = weakref.finalize(self, _dispose, self.driver, self._stopwatch, self._timelines)
+        self._dispose = weakref.finalize(self, dispose, self.driver, self._stopwatch, self._timelines)
         self._dispose.atexit = False
 
     @property
@@ -176,11 +166,8 @@ class SlotRing:
             if state is not None:
                 self._copy(timeline, state, unit, slab)
                 self.stats.late_copies += not foreseen
-            elif self.when_full == "error":
-                raise SlotError(
-                    f'unit "{unit}" finds all {len(self.slots)} slots leased; '
-                    f"leave a unit first, or make the ring with more slots ({self.slot_nbytes} bytes each)"
-                )
+            elif self.when_full == "error" or (self.when_full == "map" and slab.read_only):
+                raise no_free_slot(unit, self.slots, self.slot_nbytes, self.when_full)
             else:
                 self.stats.mapped_runs += 1
         if state is not None:
@@ -233,13 +220,15 @@ class SlotRing:
 
     def _copy(self, timeline: Timeline, state: SlotState, unit: str, slab: Slab) -> None:
         driver, copy_stream = self.driver, timeline.copy_stream
+        copies = slab.copies()  # first: a file that was written to is refused before anything is enqueued
         state.holds = None  # should a call below fail, the slot holds nothing
         for event in state.readers.values():
             driver.stream_wait_event(copy_stream, event)
         for event in timeline.written.get(unit, {}).values():
             driver.stream_wait_event(copy_stream, event)
         with self._timed(timeline, copy_stream, slab.nbytes):
-            driver.copy_async(state.slot.device_pointer, slab.host_pointer, slab.nbytes, copy_stream)
+            for start, host_pointer, nbytes in copies:
+                driver.copy_async(state.slot.device_pointer + start, host_pointer, nbytes, copy_stream)
         driver.event_record(state.ready, copy_stream)
         if timeline.capture:
             timeline.copied[unit] = None
@@ -247,7 +236,7 @@ class SlotRing:
         state.holds = unit
         state.last_use = next(self._uses)
         self.stats.copies += 1
-        self.stats.copied_nbytes += slab.nbytes
+        self.stats.copied_nbytes += sum([copy.nbytes for copy in copies])
 
     def _timed(self, timeline: Timeline, stream: int, nbytes: int | None) -> AbstractContextManager[None]:
         return nullcontext() if timeline.capture else self._stopwatch.timed(stream, nbytes)
@@ -352,11 +341,7 @@ class SlotRing:
             Graphs that were captured through this ring can still be replayed.
         """
         with self._lock, self.driver.current(), self.driver.relaxed():
-            if alive := self._timelines.replayable_now():
-                raise SlotError(
-                    f"{len(alive)} captured graphs can still be replayed into this ring's slots, so it cannot be "
-                    f"{what}: {', '.join(map(str, alive))}; drop them first (del graph), and capture again afterwards"
-                )
+            self._timelines.check_uncaptured(what)
 
     def read_stats(self) -> TransferStats:
         """The counters, with the times of everything that has passed by now."""

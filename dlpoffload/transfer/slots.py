@@ -10,7 +10,7 @@ from ..errors import SlotError
 from ..memory import DeviceBuffer
 from ..spec import format_nbytes
 
-__all__ = ["EventPool", "Slot", "SlotState", "check_device", "close_slots", "make_slots"]
+__all__ = ["EventPool", "Slot", "SlotState", "check_device", "close_slots", "make_slots", "no_free_slot"]
 
 
 @dataclass(slots=True)
@@ -123,3 +123,12 @@ def close_slots(slots: Sequence[Slot]) -> None:
     """Free them, the last one first."""
     for slot in reversed(slots):
         slot.buffer.close()
+
+
+def no_free_slot(unit: str, slots: Sequence[Slot], slot_nbytes: int, when_full: str) -> SlotError:
+    """The error of a unit that finds every slot leased and may not run from its mapped view."""
+    instead = "" if when_full == "error" else ', or with when_full="map_read_only": its file is not to be written'
+    return SlotError(
+        f'unit "{unit}" finds all {len(slots)} slots leased; leave a unit first, or make the ring with more slots '
+        f"({slot_nbytes} bytes each){instead}"
+    )

@@ -35,12 +35,48 @@ static PyObject *map_anonymous(PyObject *module, PyObject *args, PyObject *kwarg
     return PyLong_FromUnsignedLongLong((uintptr_t)address);
 }
 
+static PyObject *map_hugetlb(PyObject *module, PyObject *args, PyObject *kwargs) {
+    static char *names[] = {"nbytes", "page_nbytes", NULL};
+    (void)module;
+    PyObject *nbytes_arg, *page_arg;
+    uint64_t nbytes, page;
+    int error;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO:map_hugetlb", names, &nbytes_arg, &page_arg) ||
+        !arg_unsigned(nbytes_arg, "nbytes", SIZE_MAX, &nbytes) ||
+        !arg_unsigned(page_arg, "page_nbytes", SIZE_MAX, &page))
+        return NULL;
+    unsigned shift = 0;
+    while (shift < 63 && ((uint64_t)1 << shift) < page) shift++;
+    if (((uint64_t)1 << shift) != page || shift > 40)
+        return PyErr_Format(PyExc_ValueError, "page_nbytes=%llu is no size of a page", (unsigned long long)page);
+    void *address = NULL;
+    Py_BEGIN_ALLOW_THREADS
+    error = dlpo_map_hugetlb((size_t)nbytes, shift, &address);
+    Py_END_ALLOW_THREADS
+    if (error) return finish(error);
+    return PyLong_FromUnsignedLongLong((uintptr_t)address);
+}
+
+static PyObject *prefer_node(PyObject *module, PyObject *args, PyObject *kwargs) {
+    static char *names[] = {"address", "nbytes", "node", NULL};
+    (void)module;
+    PyObject *address_arg, *nbytes_arg, *node_arg;
+    uint64_t address, nbytes, node;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOO:prefer_node", names, &address_arg, &nbytes_arg, &node_arg) ||
+        !arg_unsigned(address_arg, "address", UINTPTR_MAX, &address) ||
+        !arg_unsigned(nbytes_arg, "nbytes", SIZE_MAX, &nbytes) || !arg_unsigned(node_arg, "node", 1023, &node))
+        return NULL;
+    return finish(dlpo_prefer_node(address_of(address), (size_t)nbytes, (unsigned)node));
+}
+
 static PyObject *populate(PyObject *module, PyObject *args, PyObject *kwargs) {
-    static char *names[] = {"address", "nbytes", "threads", NULL};
+    static char *names[] = {"address", "nbytes", "threads", "write", NULL};
     (void)module;
     PyObject *address_arg, *nbytes_arg, *threads_arg;
     uint64_t address, nbytes, threads;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOO:populate", names, &address_arg, &nbytes_arg, &threads_arg) ||
+    int write = 1;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOO|p:populate", names, &address_arg, &nbytes_arg, &threads_arg,
+                                     &write) ||
         !arg_unsigned(address_arg, "address", UINTPTR_MAX, &address) ||
         !arg_unsigned(nbytes_arg, "nbytes", SIZE_MAX, &nbytes) ||
         !arg_unsigned(threads_arg, "threads", INT32_MAX, &threads))
@@ -48,7 +84,7 @@ static PyObject *populate(PyObject *module, PyObject *args, PyObject *kwargs) {
     if (threads == 0) return PyErr_Format(PyExc_ValueError, "threads=0: at least one thread has to do the work");
     int error;
     Py_BEGIN_ALLOW_THREADS
-    error = dlpo_populate(address_of(address), (size_t)nbytes, (unsigned)threads);
+    error = dlpo_populate(address_of(address), (size_t)nbytes, (unsigned)threads, write);
     Py_END_ALLOW_THREADS
     return finish(error);
 }
@@ -135,7 +171,12 @@ PyMethodDef memory_methods[] = {
      "map_anonymous($module, nbytes, alignment, huge_pages)\n--\n\n"
      "Map private anonymous memory, aligned, zero, not yet populated."},
     {"populate", WITH_KEYWORDS(populate), METH_VARARGS | METH_KEYWORDS,
-     "populate($module, address, nbytes, threads)\n--\n\nFault every page in for writing, on up to `threads` threads."},
+     "populate($module, address, nbytes, threads, write=True)\n--\n\n"
+     "Fault every page in, for writing or only for reading, on up to `threads` threads."},
+    {"map_hugetlb", WITH_KEYWORDS(map_hugetlb), METH_VARARGS | METH_KEYWORDS,
+     "map_hugetlb($module, nbytes, page_nbytes)\n--\n\nMap memory from the pool of reserved huge pages."},
+    {"prefer_node", WITH_KEYWORDS(prefer_node), METH_VARARGS | METH_KEYWORDS,
+     "prefer_node($module, address, nbytes, node)\n--\n\nTake pages that are not there yet from one NUMA node."},
     {"unmap", WITH_KEYWORDS(unmap), METH_VARARGS | METH_KEYWORDS,
      "unmap($module, address, nbytes)\n--\n\nGive mapped memory back to the system."},
     {"dont_fork", WITH_KEYWORDS(dont_fork), METH_VARARGS | METH_KEYWORDS,

@@ -6,11 +6,18 @@
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdint.h>
+#include <string.h>
 #include <sys/mman.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#endif
 #include <unistd.h>
 
 #if defined(__linux__) && !defined(MADV_POPULATE_WRITE)
 #define MADV_POPULATE_WRITE 23 /* Linux 5.14; older C libraries do not name it */
+#endif
+#if defined(__linux__) && !defined(MADV_POPULATE_READ)
+#define MADV_POPULATE_READ 22
 #endif
 
 /* Shared out in pieces that are whole huge pages, small enough that threads end together and stop soon after an
@@ -60,6 +67,40 @@ int dlpo_map_anonymous(size_t nbytes, size_t alignment, bool huge_pages, void **
     return 0;
 }
 
+int dlpo_map_hugetlb(size_t nbytes, unsigned page_shift, void **address) {
+#ifdef MAP_HUGETLB
+    size_t page = (size_t)1 << page_shift;
+    if (nbytes == 0) return EINVAL;
+    if (nbytes > SIZE_MAX - (page - 1)) return ENOMEM;
+    size_t length = (nbytes + page - 1) & ~(page - 1);
+    int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB | (int)(page_shift << 26); /* MAP_HUGE_SHIFT */
+    void *start = mmap(NULL, length, PROT_READ | PROT_WRITE, flags, -1, 0);
+    if (start == MAP_FAILED) return errno;
+    *address = start;
+    return 0;
+#else
+    (void)nbytes, (void)page_shift, (void)address;
+    return ENOSYS;
+#endif
+}
+
+int dlpo_prefer_node(void *address, size_t nbytes, unsigned node) {
+#if defined(__linux__) && defined(SYS_mbind)
+    enum { PREFERRED = 1, BITS = 8 * sizeof(unsigned long) }; /* MPOL_PREFERRED, linux/mempolicy.h */
+    unsigned long mask[1024 / BITS];
+    if (node >= 1024) return EINVAL;
+    memset(mask, 0, sizeof mask);
+    mask[node / BITS] = 1UL << (node % BITS);
+    size_t page = page_size();
+    /* The kernel reads one bit less than it is told. */
+    long failed = syscall(SYS_mbind, address, (nbytes + page - 1) & ~(page - 1), PREFERRED, mask, 1024 + 1, 0);
+    return failed ? errno : 0;
+#else
+    (void)address, (void)nbytes, (void)node;
+    return ENOSYS;
+#endif
+}
+
 int dlpo_unmap(void *address, size_t nbytes) { return munmap(address, nbytes) ? errno : 0; }
 
 int dlpo_dont_fork(void *address, size_t nbytes) {
@@ -78,7 +119,7 @@ int dlpo_dont_fork(void *address, size_t nbytes) {
 typedef struct {
     char *start;
     size_t length, page;
-    bool advise;
+    bool write, advise;
     atomic_size_t next;
     atomic_int error;
 } work;
@@ -92,11 +133,11 @@ static void touch(char *start, size_t length, size_t page) {
 
 /* A length of zero asks the kernel nothing but whether it knows the advice. An EINVAL of a real call can also mean
  * that the pages are not writable, and a touch would end the process. */
-static bool can_populate(char *page) {
+static bool can_populate(char *page, bool write) {
 #ifdef MADV_POPULATE_WRITE
-    return madvise(page, 0, MADV_POPULATE_WRITE) == 0;
+    return madvise(page, 0, write ? MADV_POPULATE_WRITE : MADV_POPULATE_READ) == 0;
 #else
-    (void)page;
+    (void)page, (void)write;
     return false;
 #endif
 }
@@ -105,8 +146,10 @@ static int fault_in(const work *shared, char *start, size_t length) {
 #ifdef MADV_POPULATE_WRITE
     if (shared->advise) {
         int failed;
+        /* Of a file: its pages are asked for at once, in long reads, before they are waited for one by one. */
+        if (!shared->write) madvise(start, length, MADV_WILLNEED);
         do {
-            failed = madvise(start, length, MADV_POPULATE_WRITE);
+            failed = madvise(start, length, shared->write ? MADV_POPULATE_WRITE : MADV_POPULATE_READ);
         } while (failed && errno == EINTR);
         return failed ? errno : 0;
     }
@@ -128,13 +171,15 @@ static void *take_pieces(void *argument) {
     return NULL;
 }
 
-int dlpo_populate(void *address, size_t nbytes, unsigned threads) {
+int dlpo_populate(void *address, size_t nbytes, unsigned threads, bool write) {
     size_t page = page_size();
     uintptr_t start = (uintptr_t)address & ~(uintptr_t)(page - 1);
     if (nbytes == 0) return 0;
     if (nbytes > UINTPTR_MAX - (uintptr_t)address) return EINVAL;
-    work shared = {.start = (char *)start, .length = (uintptr_t)address + nbytes - start, .page = page};
-    shared.advise = can_populate(shared.start);
+    work shared = {.start = (char *)start, .length = (uintptr_t)address + nbytes - start, .page = page, .write = write};
+    shared.advise = can_populate(shared.start, write);
+    /* A touch of a file that became shorter would end the process; whoever cannot advise reads it instead. */
+    if (!write && !shared.advise) return ENOSYS;
     atomic_init(&shared.next, 0);
     atomic_init(&shared.error, 0);
 

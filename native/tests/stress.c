@@ -139,7 +139,7 @@ static void stress_pages(void) {
     size_t nbytes = ((size_t)70 << 20) + 3;
     void *address;
     check(!dlpo_map_anonymous(nbytes, (size_t)2 << 20, true, &address), "no mapping");
-    check(!dlpo_populate(address, nbytes, 3), "not populated");
+    check(!dlpo_populate(address, nbytes, 3, true), "not populated");
     memset(address, 1, nbytes);
     check(!dlpo_unmap(address, nbytes), "not unmapped");
 }

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import dlpoffload
+from dlpoffload import _native
 from dlpoffload.driver.cpu import CpuDriver
 from dlpoffload.errors import AliasError, CudaError, DeviceMemoryError, HostMemoryError, RegistrationError
 
@@ -314,8 +315,35 @@ def test_copies_past_the_end_of_what_is_known_are_refused(driver: CpuDriver) -> 
         driver.fill_async(device, 0, 101, stream)
     with pytest.raises(CudaError, match="256 is no byte"):
         driver.fill_async(device, 256, 1, stream)
-    driver.host_register(pages.pointer + PAGE, PAGE)  # now the copy stays inside registered memory
-    driver.copy(device, pages.pointer + PAGE - 1, 2)
+    driver.host_register(pages.pointer + PAGE, PAGE)  # a copy across two registrations is refused all the same
+    with pytest.raises(CudaError, match="cross the end"):
+        driver.copy(device, pages.pointer + PAGE - 1, 2)
+    driver.copy(device, pages.pointer + PAGE - 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("flags", "prot", "read_only", "taken"),
+    [
+        (mmap.MAP_SHARED, mmap.PROT_READ, True, True),
+        (mmap.MAP_SHARED, mmap.PROT_READ, False, False),
+        (mmap.MAP_PRIVATE, mmap.PROT_READ, True, False),
+        (mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE, True, False),
+        (mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE, False, True),
+    ],
+)
+def test_files_are_registered_as_cuda_takes_them(
+    driver: CpuDriver, tmp_path: Path, flags: int, prot: int, read_only: bool, taken: bool
+) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(2 * PAGE))
+    with path.open("r+b") as opened, mmap.mmap(opened.fileno(), 0, flags=flags, prot=prot) as mapping:
+        pointer = _native.buffer_pointer(mapping)
+        if taken:
+            driver.host_register(pointer, 2 * PAGE, read_only=read_only)
+            driver.host_unregister(pointer)
+            return
+        with pytest.raises(RegistrationError, match="may not be written"):
+            driver.host_register(pointer, 2 * PAGE, read_only=read_only)
 
 
 def test_memory_registered_read_only_is_no_destination(driver: CpuDriver) -> None:

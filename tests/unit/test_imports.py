@@ -18,7 +18,19 @@ PACKAGE = Path(dlpoffload.__file__).parent
 
 VALUES = {"errors", "spec"}
 DRIVERS = VALUES | {"limits", "driver"}
-MEMORY = DRIVERS | {"maps", "lifetime", "blocks", "copies", "view", "producers", "buffer", "memory"}
+PINNING = DRIVERS | {"maps", "lifetime", "pages", "registrations", "wall", "blocks"}
+MEMORY = PINNING | {
+    "accounting",
+    "background",
+    "chunked",
+    "copies",
+    "labels",
+    "view",
+    "producers",
+    "buffer",
+    "filemap",
+    "memory",
+}
 ADAPTER = MEMORY | {"slab", "checkpoint", "store", "planning", "transfer"}
 
 ALLOWED: dict[str, set[str]] = {
@@ -26,14 +38,22 @@ ALLOWED: dict[str, set[str]] = {
     "spec": {"errors"},
     "limits": VALUES,
     "maps": VALUES,
-    "driver": VALUES | {"limits"},
+    "driver": VALUES | {"limits", "maps"},
     "lifetime": {"_native", "errors"},
-    "blocks": DRIVERS | {"_native", "maps", "lifetime"},
-    "view": DRIVERS | {"_native", "lifetime", "blocks", "copies"},
-    "copies": DRIVERS | {"_native", "blocks"},
+    "wall": DRIVERS,
+    "pages": DRIVERS | {"_native"},
+    "registrations": DRIVERS,
+    "blocks": (PINNING - {"blocks"}) | {"_native"},
+    "accounting": {"lifetime", "registrations"},
+    "background": VALUES,
+    "chunked": PINNING | {"_native", "background"},
+    "filemap": PINNING | {"_native"},
+    "labels": VALUES,
+    "view": DRIVERS | {"_native", "lifetime", "blocks", "copies", "labels"},
+    "copies": DRIVERS | {"_native", "registrations", "blocks"},
     "producers": DRIVERS | {"_native", "lifetime", "view"},
-    "buffer": DRIVERS | {"lifetime", "blocks", "view"},
-    "memory": (MEMORY - {"memory"}) | {"_native"},
+    "buffer": DRIVERS | {"background", "lifetime", "blocks", "view"},
+    "memory": (MEMORY - {"memory", "filemap"}) | {"_native"},
     "slab": MEMORY,
     "planning": VALUES,
     "checkpoint": VALUES,
@@ -42,8 +62,10 @@ ALLOWED: dict[str, set[str]] = {
     "torch": ADAPTER,
     "jax": ADAPTER,
     "probe": MEMORY,
-    "doctor": MEMORY | {"transfer", "probe", "version"},
-    "cli": VALUES | {"doctor", "version"},
+    "findings": DRIVERS,
+    "host_checks": MEMORY | {"findings"},
+    "doctor": MEMORY | {"transfer", "probe", "findings", "host_checks", "version"},
+    "cli": VALUES | {"checkpoint", "doctor", "store", "version"},
 }
 """Part of the package -> the parts that it may import. ``version`` is ``dlpoffload.__version__``."""
 
@@ -55,7 +77,7 @@ DOORS: dict[str, set[str]] = {
     "numpy": {"jax"},
     "rich": {"cli", "planning", "torch.report"},
     "safetensors": {"checkpoint"},
-    "_native": {"blocks", "copies", "lifetime", "producers", "view"},
+    "_native": {"blocks", "chunked", "copies", "filemap", "lifetime", "pages", "producers", "view"},
 }
 """Foreign package, or the native core -> the modules (with everything below them) that may import it."""
 

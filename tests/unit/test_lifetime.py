@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 import dlpoffload as dlpo
-from dlpoffload import _native, blocks, lifetime
+from dlpoffload import _native, lifetime, registrations
 from dlpoffload.driver import open_driver
 from dlpoffload.driver.cpu import CpuDriver
 from dlpoffload.errors import ClosedError, RegistrationError
@@ -396,7 +396,7 @@ def refusing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Refusing]:
     yield driver
     driver.refuses = False
     # What a process would keep for good; the next test starts without it.
-    for registration in blocks._registrations.ranges:
+    for registration in registrations.registrations.ranges:
         registration.count += 1
     while lifetime._kept:
         lifetime._kept.pop().release()

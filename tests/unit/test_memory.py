@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import dlpoffload as dlpo
-from dlpoffload import _native, blocks, lifetime
+from dlpoffload import _native, lifetime, registrations
 from dlpoffload.driver.cpu import CpuDriver
 from dlpoffload.errors import (
     AliasError,
@@ -270,7 +270,7 @@ def test_a_device_that_cannot_map_host_memory_has_no_device_view(use: Callable[[
 
 
 def test_a_large_allocation_is_cut_into_registrations(spy: Spy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "MAX_REGISTRATION", 4 * PAGE)
+    monkeypatch.setattr(registrations, "MAX_REGISTRATION", 4 * PAGE)
     with dlpo.HostBuffer.allocate(10 * PAGE + 1) as buffer:
         start = buffer.host_pointer
         assert [(p - start, n) for p, n, _ in spy.registered] == [
@@ -286,7 +286,7 @@ def test_a_large_allocation_is_cut_into_registrations(spy: Spy, monkeypatch: pyt
 def test_a_refused_registration_takes_the_others_back(
     mapped: Pages, use: Callable[[CpuDriver], CpuDriver], monkeypatch: pytest.MonkeyPatch, refuse_at: int
 ) -> None:
-    monkeypatch.setattr(blocks, "MAX_REGISTRATION", 4 * PAGE)
+    monkeypatch.setattr(registrations, "MAX_REGISTRATION", 4 * PAGE)
     spy = Spy(refuse_at=refuse_at)
     use(spy)
     with pytest.raises(HostMemoryError, match="the driver refuses"):
@@ -299,7 +299,7 @@ def test_a_refused_registration_takes_the_others_back(
 
 
 def test_device_addresses_that_are_not_adjacent_are_refused(spy: Spy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "MAX_REGISTRATION", 4 * PAGE)
+    monkeypatch.setattr(registrations, "MAX_REGISTRATION", 4 * PAGE)
     spy.host_device_pointer = lambda pointer: pointer * 2  # type: ignore[method-assign]
     with pytest.raises(RegistrationError, match="not adjacent"):
         dlpo.HostBuffer.allocate(10 * PAGE)
@@ -583,7 +583,7 @@ def test_writable_memory_cannot_lie_on_pages_registered_read_only(spy: Spy, file
         again = dlpo.HostBuffer.register(readable)  # read-only as well: shared
         assert len(spy.registered) == 1
         again.close()
-        used = blocks._registrations
+        used = registrations.registrations
         with pytest.raises(RegistrationError, match="registered read-only already"):
             used.acquire(first.host_pointer, first.host_pointer + 10, spy, read_only=False)
     assert spy.held == set()
@@ -600,7 +600,7 @@ def test_threads_that_register_the_same_pages_share_one_registration(spy: Spy) -
         try:
             for _ in range(50):
                 with dlpo.HostBuffer.register(part(memory, offset, 3 * PAGE + offset)) as buffer:
-                    assert blocks._registrations.touching(buffer.host_pointer, buffer.host_pointer + 1, spy)
+                    assert registrations.registrations.touching(buffer.host_pointer, buffer.host_pointer + 1, spy)
         except BaseException as error:
             errors.append(error)
 

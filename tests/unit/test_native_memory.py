@@ -6,6 +6,8 @@ import array
 import ctypes
 import errno
 import mmap
+import os
+import platform
 import random
 import re
 import sys
@@ -197,6 +199,60 @@ def test_populate_reports_the_error_of_any_thread(native: ModuleType, threads: i
         with pytest.raises(OSError, match="Errno") as caught:
             native.populate(pointer, PAGE, threads)
         assert caught.value.errno in (errno.EINVAL, errno.EFAULT)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Iterator[tuple[int, Path]]:
+    """A file of 40 pages, mapped shared and read-only, and where."""
+    path = tmp_path / "file"
+    path.write_bytes(bytes(40 * PAGE))
+    with path.open("rb") as opened, mmap.mmap(opened.fileno(), 0, mmap.MAP_SHARED, mmap.PROT_READ) as mapping:
+        yield np.frombuffer(mapping, np.uint8).ctypes.data, path
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_populate_for_reading(native: ModuleType, file: tuple[int, Path], threads: int) -> None:
+    address, path = file
+    if tuple(map(int, re.findall(r"\d+", platform.release())[:2])) < (5, 14):
+        with pytest.raises(OSError, match="Errno") as caught:
+            native.populate(address, PAGE, threads, write=False)
+        assert caught.value.errno == errno.ENOSYS
+        return
+    native.populate(address, 40 * PAGE, threads, write=False)
+    smaps = mapping_at(address)
+    assert smaps is not None
+    assert smaps["Rss"] == f"{40 * PAGE >> 10} kB"
+    with pytest.raises(OSError, match="Errno") as caught:
+        native.populate(address, PAGE, threads)  # for writing, which the mapping is not
+    assert caught.value.errno in (errno.EINVAL, errno.EFAULT)
+    os.truncate(path, 10 * PAGE)
+    native.populate(address, 10 * PAGE, threads, write=False)
+    with pytest.raises(OSError, match="Errno") as caught:
+        native.populate(address, 40 * PAGE, threads, write=False)
+    assert caught.value.errno == errno.EFAULT, "and no SIGBUS"
+
+
+@pytest.mark.skipif(not Path("/sys/devices/system/node/node0").exists(), reason="needs NUMA nodes")
+def test_pages_are_preferred_from_a_node(native: ModuleType) -> None:
+    with mapped(native, 3 * PAGE + 1) as address:
+        native.prefer_node(address, 3 * PAGE + 1, 0)
+        native.populate(address, 3 * PAGE + 1, 1)
+        for node, error in ((1023, OSError), (1024, OverflowError), (-1, OverflowError)):
+            with pytest.raises(error):
+                native.prefer_node(address, PAGE, node)
+    with pytest.raises(OSError, match="Errno"):
+        native.prefer_node(address + 1, PAGE, 0)
+
+
+def test_hugetlb_pages_that_are_not_there(native: ModuleType) -> None:
+    with pytest.raises(OSError, match="Errno") as caught:
+        native.map_hugetlb(1 << 62, HUGE)
+    assert caught.value.errno in (errno.ENOMEM, errno.EINVAL, errno.ENOSYS)
+    for page_nbytes in (0, 3, HUGE + 1, 1 << 41):
+        with pytest.raises((ValueError, OSError)):
+            native.map_hugetlb(HUGE, page_nbytes)
+    with pytest.raises((OverflowError, TypeError)):
+        native.map_hugetlb(-1, HUGE)
 
 
 @pytest.mark.parametrize(

@@ -465,7 +465,9 @@ def test_read_only_stays_read_only() -> None:
     with dlpo.HostBuffer.register(memory, device="cpu") as buffer:
         assert buffer.read_only
         assert buffer.host_view((4,), "uint8").read_only
-        assert buffer.device_view((4,), "uint8").read_only
+        assert buffer.device_view((4,), "uint8", read_only=True).read_only
+        with pytest.raises(AliasError, match="say read_only=True"):
+            buffer.device_view((4,), "uint8")
         with pytest.raises(AliasError, match="read-only"):
             buffer.copy_into(b"x")
         with pytest.raises(TypeError, match="cannot modify read-only"):

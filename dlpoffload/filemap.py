@@ -1,0 +1,139 @@
+"""Map a range of a file, shared and read-only, and pin it: the page cache itself is what the device reads.
+
+Never MAP_PRIVATE: pinning such a mapping with the read-only flag hangs inside the driver for ever.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Final
+
+from . import _native, lifetime
+from .blocks import Block, check_pinning, pinned_block
+from .driver import Driver
+from .errors import RegistrationError
+from .pages import populate_threads
+from .registrations import registrations, stuck
+
+__all__ = ["check_mappable", "map_file_range"]
+
+_PAGE: Final = mmap.PAGESIZE
+_PIECE_NBYTES: Final = 256 << 20
+_READ_NBYTES: Final = 4 << 20
+_REMEDY: Final = "read it with HostStore.copy_of"
+
+
+def check_mappable(driver: Driver, path: Path) -> None:
+    """Raise RegistrationError where the device cannot read pages that are mapped read-only."""
+    able = driver.capabilities()
+    if not able.read_only_host_register:
+        raise RegistrationError(
+            f'"{path}" cannot be mapped for {driver.device}: the device cannot pin read-only memory '
+            f"(READ_ONLY_HOST_REGISTER_SUPPORTED); {_REMEDY}"
+        )
+
+
+def map_file_range(
+    path: Path,
+    descriptor: int,
+    byte_offset: int,
+    nbytes: int,
+    driver: Driver,
+    *,
+    host_budget: int | None = None,
+    done: Callable[[int], None] | None = None,
+) -> tuple[Block, int]:
+    """Map the pages that hold a range of a file, read them in where they are cold, and pin them.
+
+    Parameters
+    ----------
+    path
+        What to call the file; it is the descriptor that is mapped.
+    done
+        Told the bytes of each piece that is in memory.
+
+    Returns
+    -------
+    Block, int
+        Whole pages, read-only, and where in them the range starts.
+
+    Raises
+    ------
+    RegistrationError
+        The file system maps no files, the pages cannot be pinned, or the file ends before the range does. It names
+        `HostStore.copy_of`; nothing stays mapped or pinned.
+    HostMemoryError
+        The pages are charged in full, and the machine has not that much.
+    """
+    check_mappable(driver, path)
+    start = byte_offset // _PAGE * _PAGE
+    length = byte_offset + nbytes - start
+    check_pinning(length, driver, host_budget)
+    try:
+        mapping = mmap.mmap(descriptor, length, mmap.MAP_SHARED, mmap.PROT_READ, offset=start)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise RegistrationError(f'"{path}" cannot be mapped: {reason}; {_REMEDY}') from error
+    pointer = _native.buffer_pointer(mapping)
+    _populate(path, descriptor, pointer, start, length, done)
+    try:
+        with lifetime.lock:
+            used = registrations.acquire(pointer, pointer + length, driver, read_only=True, in_page_cache=True)
+    except BaseException as error:
+        if registrations.touching(pointer, pointer + length, driver):
+            stuck[id(mapping)] = mapping
+        if not isinstance(error, RegistrationError):
+            raise
+        raise RegistrationError(
+            f'"{path}" is mapped, but {driver.device} cannot pin its pages (not every file system lets them be '
+            f"pinned): {error}; {_REMEDY}"
+        ) from error
+
+    def release() -> None:
+        stuck[id(mapping)] = mapping  # what is registered must not be unmapped
+        with lifetime.lock:
+            registrations.release(used)
+        del stuck[id(mapping)]
+        mapping.close()
+
+    return pinned_block(pointer, length, driver, used, release, kind="mapped file", read_only=True), byte_offset - start
+
+
+def _populate(
+    path: Path, descriptor: int, pointer: int, start: int, length: int, done: Callable[[int], None] | None
+) -> None:
+    """Bring pages in on several threads. What is there already costs little more than looking."""
+    threads = populate_threads()
+    for at in range(0, length, _PIECE_NBYTES):
+        nbytes = min(_PIECE_NBYTES, length - at)
+        try:
+            _native.populate(pointer + at, nbytes, threads, write=False)
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.EINVAL):
+                raise RegistrationError(
+                    f'"{path}" has no bytes {start + at} to {start + at + nbytes}, or its disk does not give them '
+                    f"({error.strerror}); fetch it again"
+                ) from error
+            _read(path, descriptor, start + at, nbytes, threads)  # a kernel before 5.14
+        if done is not None:
+            done(nbytes)
+
+
+def _read(path: Path, descriptor: int, start: int, nbytes: int, threads: int) -> None:
+    """Read a range and drop it, which leaves it in the page cache."""
+
+    def read(at: int) -> int:
+        return len(os.pread(descriptor, min(_READ_NBYTES, start + nbytes - at), at))
+
+    with ThreadPoolExecutor(threads, thread_name_prefix="dlpoffload-read") as pool:
+        try:
+            found = sum(pool.map(read, range(start, start + nbytes, _READ_NBYTES)))
+        except OSError as error:
+            raise RegistrationError(f'"{path}" cannot be read: {error.strerror}; check the disk') from error
+    if found < nbytes:
+        raise RegistrationError(f'"{path}" ends at byte {start + found}; fetch it again')
