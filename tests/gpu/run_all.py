@@ -25,6 +25,7 @@ PARTS: dict[str, tuple[list[str], int]] = {
     "blocks": ([sys.executable, "-P", str(HERE / "bench_blocks.py"), "--peers"], 240),
     "memory": ([sys.executable, "-P", str(HERE / "bench_memory.py"), "--rows", "exact,small,speed"], 500),
     "mapping": ([sys.executable, "-P", str(HERE / "bench_memory.py"), "--rows", "open,peak"], 300),
+    "building": ([sys.executable, "-P", str(HERE / "bench_building.py")], 200),
     "demo": ([sys.executable, "-P", str(ROOT / "examples" / "minilm.py"), "cuda:0"], 120),
 }
 
