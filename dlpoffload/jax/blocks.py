@@ -19,13 +19,11 @@ from .streaming import Weights, run_streamed
 __all__ = ["scan_blocks", "stream_blocks"]
 
 
-def stream_blocks(
-    step: Callable[[Any, Any], Any], blocks: Sequence[Any], carry: Any, *, slots: int = 2
-) -> Any:
+def stream_blocks(step: Callable[[Any, Any], Any], blocks: Sequence[Any], carry: Any, *, slots: int = 2) -> Any:
     """Run ``carry = step(block, carry)`` over blocks whose leaves in host memory are copied to the device ahead.
 
-    Inside a `jit`, copies are ordered by barriers as `OffloadHandle.streamed` does. Outside, this is an eager loop: make
-    `step` a jitted function, and the copy of the next block runs while this one computes; the host waits for each
+    Inside a `jit`, copies are ordered by barriers as `OffloadHandle.streamed` does. Outside, this is an eager loop:
+    make `step` a jitted function, and the copy of the next block runs while this one computes; the host waits for each
     block's result before it lets another block in, so that never more than `slots` are on the device.
 
     *Aliasing*: leaves that are on the device are passed on as they are.
@@ -103,7 +101,9 @@ def _run(
         return fun(weights, jax.tree.unflatten(other_structure, values[len(leaves) :]))
 
     homes = {
-        i: _home(leaf, unit, stacked) for i, (leaf, unit) in enumerate(zip(leaves, units, strict=True)) if _on_host(leaf)
+        i: _home(leaf, unit, stacked)
+        for i, (leaf, unit) in enumerate(zip(leaves, units, strict=True))
+        if _on_host(leaf)
     }
     weights = Weights(homes, {i: f"leaf {i}" for i in homes}, {i: i for i in homes}, slots)
     return run_streamed(flat, [*leaves, *others], weights, name, lambda _: None)

@@ -11,8 +11,8 @@ __all__ = ["CompiledReport", "inspect_compiled"]
 _MOVES: Final = frozenset(
     {
         "parameter", "get-tuple-element", "tuple", "bitcast", "copy", "copy-start", "copy-done", "opt-barrier",
-        "optimization-barrier", "while", "call", "conditional", "custom-call", "async-start", "async-update", "async-done",
-        "after-all", "dynamic-slice", "slice", "reshape",
+        "optimization-barrier", "while", "call", "conditional", "custom-call", "async-start", "async-update",
+        "async-done", "after-all", "dynamic-slice", "slice", "reshape",
     }
 )  # fmt: skip
 """Operations that pass host memory on and compute nothing."""

@@ -155,7 +155,7 @@ class OffloadHandle:
             return self.tree
 
     def overwrite_(self, name: str, value: Any) -> None:
-        """Copy new values into a host leaf's bytes, under every tree that has them. Breaks JAX's promise of immutability.
+        """Copy new values into a host leaf's bytes, under every tree that has them: JAX calls its arrays immutable.
 
         *Aliasing*: none with `value` afterwards; every array over these bytes changes. *Ordering*: waits first until
         the device is idle. What JAX has copied to the host before (``numpy.asarray`` of the leaf) may stay as it was.
@@ -191,4 +191,3 @@ class OffloadHandle:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-

@@ -95,7 +95,9 @@ def offload(
     in_place = frozenset(
         leaf.name
         for leaf in found
-        if leaf.name in homes and homes[leaf.name].placement is not Placement.DEVICE and usable_in_place(leaf.value, driver)
+        if leaf.name in homes
+        and homes[leaf.name].placement is not Placement.DEVICE
+        and usable_in_place(leaf.value, driver)
     )
     source = found if leaves is None else _with_values(found, leaves)
     for leaf in placed.fill(source, in_place=in_place):

@@ -11,6 +11,7 @@ import jax
 
 from ..driver import Driver
 from ..errors import AliasError, PlanError, SpecError
+from ..lifetime import drain
 from ..memory import HostBuffer
 from ..planning import CostModel, Placement, Plan, Policy, Unit, all_mapped, pattern_policy, plan
 from ..producers import view_of
@@ -98,7 +99,9 @@ class Offloading:
                 raise PlanError(f'stacked names "{stack}", below which there is no leaf among {len(specs)}, as {near}')
             lengths = {name: spec.shape[0] if spec.shape else 0 for name, spec in below.items()}
             if len(set(lengths.values())) > 1 or 0 in lengths.values():
-                raise PlanError(f'leaves below "{stack}" have leading axes {lengths}; those of a stack are of one length')
+                raise PlanError(
+                    f'leaves below "{stack}" have leading axes {lengths}; those of a stack are of one length'
+                )
             for name, spec in below.items():
                 row = TensorSpec(spec.shape[1:], spec.dtype)
                 tail = name[len(stack) + 1 :]
@@ -150,6 +153,7 @@ class Placed:
             if leaf.spec is not None and leaf.tied_to == leaf.name:
                 self.arrays[leaf.name] = self._place(leaf.name, leaf.value, leaf.name in in_place)
             yield leaf
+            drain()  # a producer's memory is held until our view of it is on the reclaim list and off it again
 
     def _place(self, name: str, value: Any, in_place: bool) -> jax.Array:
         home = self.homes[name]
@@ -179,7 +183,7 @@ class Placed:
         if view.read_only:
             raise AliasError(f'the bytes of "{name}" are read-only (a mapped file?); use update("{name}", …)')
         source = HostBuffer.copy_of(value, device=self.driver.device)
-        self.device.synchronize_all_activity()
+        jax.block_until_ready([array for array in jax.live_arrays(self.device.platform) if not array.is_deleted()])
         self.driver.synchronize()
         view.memoryview()[:] = source.memoryview()
 

@@ -1,8 +1,8 @@
 """A traced function as a flat list of steps, with the weights that each of them needs.
 
-Weights are followed through calls: a `jit`, a checkpoint or a custom derivative around several units is taken apart, so
-that they need not be on the device at once. Cheap changes of form (a cast, a transposition) are not steps: they are made
-again at each use, since their results are as large as the weights.
+Weights are followed through calls: a `jit`, a checkpoint or a custom derivative around several units is taken apart,
+so that they need not be on the device at once. Cheap changes of form (a cast, a transposition) are not steps: they are
+made again at each use, since their results are as large as the weights.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-import jax
 from jax.extend import core
 
 from ..errors import PlanError
@@ -32,6 +31,7 @@ _CALLS: Final = {
     "custom_vjp_call_jaxpr": "fun_jaxpr",
 }
 """Calls that are their body, and the parameter that has it."""
+_PLAIN: Final = {"jit", "pjit", "closed_call", "core_call"}
 _REMAT: Final = {"checkpoint", "remat", "remat2"}
 _FORMS: Final = {"convert_element_type", "reshape", "transpose", "squeeze", "expand_dims", "copy", "copy_p"}
 
@@ -55,7 +55,7 @@ Atom = Id | Value
 
 @dataclass(slots=True, eq=False)
 class Step:
-    """One equation, or, without one, a barrier that keeps XLA from merging a checkpoint's second pass with its first."""
+    """One equation; without one, a barrier that keeps XLA from merging a checkpoint's second pass with its first."""
 
     equation: Any
     inputs: list[Atom]
@@ -78,6 +78,8 @@ class Program:
         Weights in another form: from which value, and how.
     bases : dict of Id to int
         Of which argument each weight, or weight in another form, is made.
+    copies : dict of Id to int
+        What is computed from weights alone, and its bytes: as good as a copy of them, should it be kept.
     """
 
     closed: Any
@@ -88,6 +90,7 @@ class Program:
     outputs: list[Atom] = field(default_factory=list)
     forms: dict[Id, tuple[Id, Any]] = field(default_factory=dict)
     bases: dict[Id, int] = field(default_factory=dict)
+    copies: dict[Id, int] = field(default_factory=dict)
     _count: int = 0
 
     def new(self) -> Id:
@@ -148,7 +151,8 @@ def _append(program: Program, equation: Any, inputs: list[Atom]) -> Sequence[Ato
         return [made]
     stacks = [base for base in weights if program.homes[base].rows]
     places = {program.homes[base].unit for base in weights}
-    if name in _CALLS and (len(places) > 1 or stacks):
+    # A plain call is always taken apart: what it makes of weights alone (a cast) may be saved for a backward pass.
+    if weights and name in _CALLS and (name in _PLAIN or len(places) > 1 or stacks):
         inner = equation.params[_CALLS[name]]
         if name in _REMAT and equation.params.get("differentiated") and equation.params.get("prevent_cse"):
             inputs = _barrier(program, inputs)
@@ -160,7 +164,35 @@ def _append(program: Program, equation: Any, inputs: list[Atom]) -> Sequence[Ato
         step.stacks = _scanned(program, equation, inputs, stacks)
         step.weights = tuple(base for base in weights if base not in stacks)
     program.steps.append(step)
+    # That of a weight, of what is made of weights alone, of a constant; not of what depends on an activation.
+    alone = [base is not None or _is_copy(program, atom) for base, atom in zip(bases, inputs, strict=True)]
+    fixed = [isinstance(atom, Value) for atom in inputs]
+    for made, variable, copied in zip(outputs, equation.outvars, made_alone(equation, alone, fixed), strict=True):
+        if copied:
+            program.copies[made] = variable.aval.size * variable.aval.dtype.itemsize
     return outputs
+
+
+def _is_copy(program: Program, atom: Atom) -> bool:
+    return isinstance(atom, Id) and atom in program.copies
+
+
+def made_alone(equation: Any, alone: Sequence[bool], fixed: Sequence[bool]) -> list[bool]:
+    """Which results depend on weights, and on nothing else but constants; into a scan's body, too."""
+    everything = [a or f for a, f in zip(alone, fixed, strict=True)]
+    if equation.primitive.name != "scan":
+        return [any(alone) and all(everything)] * len(equation.outvars)
+    consts, carries, _ = scan_counts(equation.params)
+    jaxpr = equation.params["jaxpr"].jaxpr
+    known = {v: (a, f) for v, a, f in zip(jaxpr.invars, alone, fixed, strict=True)}
+    for variable in jaxpr.invars[consts : consts + carries]:
+        known[variable] = (False, False)  # what an earlier turn has computed
+    for inner in jaxpr.eqns:
+        states = [(False, True) if isinstance(v, core.Literal) else known.get(v, (False, True)) for v in inner.invars]
+        results = made_alone(inner, [a for a, _ in states], [f for _, f in states])
+        constant = all(f for _, f in states)
+        known.update((v, (made, constant)) for v, made in zip(inner.outvars, results, strict=True))
+    return [not isinstance(v, core.Literal) and known.get(v, (False, True))[0] for v in jaxpr.outvars]
 
 
 def _barrier(program: Program, inputs: Sequence[Atom]) -> list[Atom]:
@@ -172,9 +204,7 @@ def _barrier(program: Program, inputs: Sequence[Atom]) -> list[Atom]:
     return [fresh.get(atom, atom) if isinstance(atom, Id) else atom for atom in inputs]
 
 
-def _scanned(
-    program: Program, equation: Any, inputs: Sequence[Atom], stacks: Sequence[int]
-) -> tuple[int, ...]:
+def _scanned(program: Program, equation: Any, inputs: Sequence[Atom], stacks: Sequence[int]) -> tuple[int, ...]:
     """The stacks that a scan takes row by row.
 
     Raises
@@ -189,9 +219,9 @@ def _scanned(
         changed = (program.chain(atom) for atom in inputs if isinstance(atom, Id) and program.bases.get(atom) in stacks)
         if not whole and all(e.primitive.name == "convert_element_type" for chain in changed for e in chain):
             return tuple(stacks)
-    where = jax.tree.leaves([program.homes[base].spec.shape for base in stacks])
+    where = [program.homes[base].spec for base in stacks]
     raise PlanError(
-        f'"{equation.primitive.name}" uses a whole stack of {where[0]} layers, which is staged row by row; scan over it '
+        f'"{equation.primitive.name}" uses the whole of a stack {where[0]}, which is staged row by row; scan over it '
         "(jax.lax.scan, nnx.scan), or leave its path out of stacked="
     )
 

@@ -1,9 +1,9 @@
 """A scan over a stack of layers in host memory, whose body finds its layer on the device already.
 
-``slots`` layers are unrolled in the body of one loop; the carry takes ``slots - 1`` staged layers from turn to turn, and
-each layer is staged as soon as the one before the slot's former layer has ended. Unrolling is what spares a copy on the
-device: a layer that is staged in one turn and read in the next has to be in the same buffer at the end of both, and with
-as many layers a turn as there are slots it is.
+``slots`` layers are unrolled in the body of one loop; the carry takes ``slots - 1`` staged layers from turn to turn,
+and each layer is staged as soon as the last reader of its slot has ended. Unrolling is what spares a copy on the
+device: a layer that is staged in one turn and read in the next has to be in the same buffer at the end of both, and
+with as many layers a turn as there are slots it is.
 
 The barrier is put on the stack, not on the row: XLA turns a dynamic slice of host memory that leads to the device into
 one copy, and computes the slice on the host where something stands between the two.
@@ -66,9 +66,7 @@ def staged_scan(
 
 
 class _Turns:
-    def __init__(
-        self, body: Body, xs: list[Any], stacks: list[Any], length: int, reverse: bool, slots: int
-    ) -> None:
+    def __init__(self, body: Body, xs: list[Any], stacks: list[Any], length: int, reverse: bool, slots: int) -> None:
         self.body = body
         self.xs = xs
         self.stacks = stacks
@@ -110,4 +108,3 @@ class _Turns:
             lax.dynamic_update_index_in_dim(output, value, self._row(turn), 0)
             for output, value in zip(outputs, made, strict=True)
         ]
-

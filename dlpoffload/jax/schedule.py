@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ..errors import PlanError
-from .program import Program
+from ..spec import format_nbytes
+from .program import Id, Program
 
 __all__ = ["Copy", "Schedule", "Window", "schedule"]
 
@@ -84,21 +85,44 @@ def schedule(program: Program, slots: int) -> Schedule:
             for slot in ring:
                 slot.copy, slot.first_use, slot.last_use = None, index, index
         for unit in sorted(window.units):
-            slot = next((s for s in ring if s.copy is not None and s.copy.unit == unit), None)
-            if slot is None:
-                slot = min(
+            found = next((s for s in ring if s.copy is not None and s.copy.unit == unit), None)
+            if found is None:
+                found = min(
                     (s for s in ring if s.copy is None or s.copy.unit not in window.units),
                     key=lambda s: (-_next_use(s, uses, index), s.last_use),
                 )
-                slot.copy = Copy(unit, slot.last_use + 1, slot.first_use)
-                slot.first_use = index
-                made.copies.append(slot.copy)
-            slot.last_use = index
+                found.copy = Copy(unit, found.last_use + 1, found.first_use)
+                found.first_use = index
+                made.copies.append(found.copy)
+            found.last_use = index
         made.copy_of.append({s.copy.unit: s.copy for s in ring if s.copy is not None and s.copy.unit in window.units})
         for step in program.steps[window.start : window.end]:
             for weight in step.weights:
                 made.copy_of[-1][program.homes[weight].unit].weights.add(weight)
+    _check_kept(program, made)
     return made
+
+
+def _check_kept(program: Program, made: Schedule) -> None:
+    """Refuse a program that keeps weights on the device by another name."""
+    window_of: dict[Id, int] = {}
+    last_use: dict[Id, int] = {}
+    for index, window in enumerate(made.windows):
+        for step in program.steps[window.start : window.end]:
+            window_of.update((result, index) for result in step.outputs)
+            last_use.update((atom, index) for atom in step.inputs if isinstance(atom, Id))
+    last_use.update((atom, len(made.windows)) for atom in program.outputs if isinstance(atom, Id))
+    kept = sum(n for result, n in program.copies.items() if last_use.get(result, -1) > window_of[result])
+    largest = max(
+        (sum(program.homes[weight].spec.nbytes for weight in copy.weights) for copy in made.copies), default=0
+    )
+    rows = (program.homes[s].spec.nbytes // program.homes[s].rows for step in program.steps for s in step.stacks)
+    if kept > largest + sum(rows):
+        raise PlanError(
+            f"{format_nbytes(kept)} that are computed from staged weights alone are kept for later, most often for a "
+            "backward pass: casts, or weights that were unpacked. They would stay on the device for all units at once; "
+            "put jax.checkpoint around the block, or around the body of the scan, so that they are made again"
+        )
 
 
 def _next_use(slot: _Slot, uses: dict[str, list[int]], now: int) -> float:

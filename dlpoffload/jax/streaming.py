@@ -10,10 +10,9 @@ from typing import Any
 import jax
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
-from jax.extend import core
 
 from ..errors import GradientError, SpecError
-from .execute import apply_equation, execute, summary
+from .execute import apply_equation, execute, inlined, summary
 from .leaves import names_of
 from .placing import Home
 from .program import Id, Program, flatten
@@ -173,7 +172,6 @@ class _Streamed:
 def _differentiable(streamed: _Streamed, count: int) -> Callable[..., list[Any]]:
     """A streamed function with a derivative that is streamed as well, backwards; `count` constants come first."""
 
-    @jax.custom_vjp
     def run(*arguments: Any) -> list[Any]:
         return streamed.outputs(arguments[:count], arguments[count:])
 
@@ -183,17 +181,20 @@ def _differentiable(streamed: _Streamed, count: int) -> Callable[..., list[Any]]
         if wrong:
             listed = ", ".join(f'"{name}"' for name in wrong[:3]) + (" …" if len(wrong) > 3 else "")
             raise GradientError(
-                f"a gradient is asked for {len(wrong)} offloaded leaves ({listed}), which would be as large as they are, "
-                "on the device; differentiate with respect to inputs and adapters, or keep those leaves on the device"
+                f"a gradient is asked for {len(wrong)} offloaded leaves ({listed}), which would be as large as they "
+                "are, on the device; differentiate with respect to inputs and adapters, or keep those leaves on the "
+                "device"
             )
         return _forward(streamed, count, [argument.value for argument in arguments], asked)
 
     def backward(residuals: Any, cotangents: Any) -> tuple[Any, ...]:
-        result: tuple[Any, ...] = residuals(cotangents)
-        return result
+        pulled: tuple[Any, ...] = residuals(cotangents)
+        return pulled
 
-    run.defvjp(forward, backward, symbolic_zeros=True)
-    return run
+    differentiable: Any = jax.custom_vjp(run)
+    differentiable.defvjp(forward, backward, symbolic_zeros=True)
+    result: Callable[..., list[Any]] = differentiable
+    return result
 
 
 def _forward(
@@ -202,7 +203,7 @@ def _forward(
     """Run forward, staged, and keep what the backward pass needs: of staged leaves not the copy, but the leaf."""
     jaxpr = streamed.closed.jaxpr
     joined = jaxpr.replace(constvars=[], invars=[*jaxpr.constvars, *jaxpr.invars])
-    whole = core.jaxpr_as_fun(core.ClosedJaxpr(joined, []))
+    whole = inlined(joined)  # a call would save its cast weights for the way back, not the weights
 
     def linearised(*arguments: Any) -> Any:
         def of(*moved: Any) -> Any:

@@ -1,0 +1,24 @@
+"""What the tests of the JAX adapter share."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from dlpoffload import driver as drivers
+
+
+@pytest.fixture
+def at(device: str) -> Iterator[Any]:
+    """The JAX device of `device`, where arrays are made meanwhile; caches that hold arrays are cleared afterwards."""
+    jax = pytest.importorskip("jax")
+    from dlpoffload.jax.arrays import jax_device
+
+    found = jax_device(drivers.open_driver(device))
+    with jax.default_device(found):
+        yield found
+    jax.clear_caches()
+    gc.collect()
