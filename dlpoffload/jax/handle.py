@@ -37,13 +37,12 @@ class OffloadHandle:
         self._values = [leaf.value if leaf.spec is None else placed.arrays[leaf.tied_to] for leaf in leaves]
         self._placed: Placed | None = placed
         self._updates: dict[str, int] = {}
-        self._programs: dict[str, ProgramReport] = {}
+        programs: dict[str, ProgramReport] = {}
+        self._programs = programs
+        # Not through the handle: functions are kept by caches of compiled programs, and must not keep arrays.
         homes = {name: placed.homes[first] for name, first in self._tied.items()}
-        self._staging = Staging(homes, self._tied, slots, self._traced)
+        self._staging = Staging(homes, self._tied, slots, lambda made: programs.update({made.name: made}))
         placed.arrays = {}
-
-    def _traced(self, program: ProgramReport) -> None:
-        self._programs[program.name] = program
 
     @property
     def plan(self) -> Plan:
