@@ -18,7 +18,7 @@ def at(device: str) -> Iterator[Any]:
     from dlpoffload.jax.arrays import jax_device
 
     found = jax_device(drivers.open_driver(device))
-    with jax.default_device(found):
+    with jax.default_device(found), jax.default_matmul_precision("highest"):
         yield found
     jax.clear_caches()
     gc.collect()
