@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 import dlpoffload as dlpo
+from dlpoffload.driver import installed
+from dlpoffload.driver.cpu import CpuDriver
 from dlpoffload.errors import AliasError, ClosedError, GradientError, PlanError, SpecError
 from dlpoffload.planning import Placement, all_mapped, all_staged, pattern_policy
 
@@ -264,6 +266,17 @@ def test_leaves_that_cannot_be_offloaded_say_what_to_do(at: Any, device: str) ->
     with jax.enable_x64(True):
         tree, _ = dj.offload({"leaf": np.arange(4.0)}, 0, device=device, policy=all_mapped)
         assert tree["leaf"].dtype == "float64"
+
+
+def test_refused_memory_leaves_nothing_behind(params: dict[str, Any], at: Any) -> None:
+    before = jax.tree.map(bits, params)
+    driver = CpuDriver(host_limit_nbytes=4 * models.BLOCK_NBYTES)
+    with installed(driver):
+        with pytest.raises(dlpo.HostMemoryError):
+            dj.offload(params, 2 * models.BLOCK_NBYTES, device="cpu", policy=all_staged, units=["layers.*"])
+        gc.collect()
+        assert jax.tree.map(bits, params) == before
+        assert driver._pinned_nbytes() == 0
 
 
 def test_arguments_without_effect_are_errors(params: dict[str, Any], at: Any, device: str) -> None:

@@ -101,6 +101,20 @@ def test_second_derivatives_and_adapters(params: Any, x: Any, at: Any, device: s
     models.close(jax.jit(handle.streamed(bend(loss)))(tree, x), jax.jit(bend(loss))(whole, x), 1e-4)
 
 
+def test_what_is_closed_over_has_its_gradient(params: Any, x: Any, at: Any, device: str) -> None:
+    tree, handle = offloaded(params, device)
+
+    def with_adapter(p: Any, x: Any, a: Any) -> Any:
+        return models.unrolled(p, x + x @ a)
+
+    def through(a: Any) -> Any:
+        return handle.streamed(lambda p, x: with_adapter(p, x, a))(tree, x).sum()
+
+    adapter = jnp.full((models.WIDTH, models.WIDTH), 0.01)
+    wanted = jax.grad(lambda a: with_adapter(models.resident(params), x, a).sum())(adapter)
+    models.close(jax.jit(jax.grad(through))(adapter), wanted, 1e-4)
+
+
 def test_vmap_and_checkpoint_around(params: Any, x: Any, at: Any, device: str) -> None:
     tree, handle = offloaded(params, device)
     run = handle.streamed(models.unrolled)
