@@ -163,7 +163,7 @@ def test_each_copy_is_tied_behind_the_slots_last_reader(params: Any, x: Any, at:
     assert report.host_computations == ()
 
 
-@pytest.mark.parametrize("level", [0, 1, 2, 3])
+@pytest.mark.parametrize("level", [0, 3])
 def test_the_copies_survive_the_levels_of_xla(params: Any, x: Any, at: Any, device: str, level: int) -> None:
     tree, handle = offloaded(params, device)
     lowered = jax.jit(handle.streamed(models.unrolled)).lower(tree, x)
@@ -236,7 +236,7 @@ def test_another_tree_is_refused(params: Any, x: Any, at: Any, device: str) -> N
         handle.streamed(models.unrolled, argnum=2)(tree, x)
 
 
-@pytest.mark.parametrize(("depth", "slots"), [(1, 2), (2, 2), (3, 3), (4, 1), (8, 2), (9, 2), (11, 3)])
+@pytest.mark.parametrize(("depth", "slots"), [(1, 2), (4, 1), (8, 2), (11, 3)])
 @pytest.mark.parametrize("fun", models.SCANS, ids=ids)
 def test_a_scan_is_bitwise_and_bounded(
     rng: np.random.Generator, x: Any, at: Any, device: str, fun: Callable[..., Any], depth: int, slots: int
