@@ -113,6 +113,8 @@ def pytest_configure() -> None:
     _required()
     # JAX would otherwise take three quarters of the device before torch's tests begin.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    # What is compared bitwise must be comparable at all: no products by whichever kernel was quicker today.
+    os.environ.setdefault("XLA_FLAGS", "--xla_gpu_autotune_level=0")
 
 
 def pytest_report_header() -> list[str]:
