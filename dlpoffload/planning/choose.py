@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -12,7 +12,7 @@ from ..spec import ALIGNMENT, TensorSpec, aligned, parse_nbytes
 from .request import CostModel, Unit, checked_slots
 from .tree import UnitTree
 
-__all__ = ["choose_units"]
+__all__ = ["choose_units", "matches_path"]
 
 
 def choose_units(
@@ -22,6 +22,7 @@ def choose_units(
     *,
     units: Sequence[str] | None = None,
     cost: CostModel | None = None,
+    elsewhere: Collection[str] = (),
 ) -> list[Unit]:
     """Choose the modules that are staged as one: no unit lies inside another, with all tensors below it.
 
@@ -49,6 +50,8 @@ def choose_units(
         ``"**.experts.*"``.
     cost : CostModel, optional
         Its `small_nbytes` is used.
+    elsewhere : collection of str
+        Names of tensors of the same model in no part of this tree. A pattern may match their modules only.
 
     Returns
     -------
@@ -70,7 +73,7 @@ def choose_units(
             "nothing to offload; call it as it is"
         )
     if units is not None:
-        return [chooser.unit(node) for node in _named(tree, units, chooser)]
+        return [chooser.unit(node) for node in _named(tree, units, chooser, elsewhere)]
     small = (cost or CostModel()).small_nbytes
     return [chooser.unit(node) for node in chooser.choose(budget // slots // ALIGNMENT * ALIGNMENT, small)]
 
@@ -181,15 +184,17 @@ class _Chooser:
         )
 
 
-def _named(tree: UnitTree, patterns: Sequence[str], chooser: _Chooser) -> list[UnitTree]:
+def _named(tree: UnitTree, patterns: Sequence[str], chooser: _Chooser, elsewhere: Collection[str]) -> list[UnitTree]:
     """Nodes that the patterns name, in the order of the tree."""
     if isinstance(patterns, str):
         raise PlanError(f'units="{patterns}" is one string; pass a list of patterns: ["{patterns}"]')
     nodes = [node for node in tree.walk() if chooser.of[node.name].nbytes]
+    parts = [_segments(name) for name in elsewhere]
+    paths = {tuple(segments[:length]) for segments in parts for length in range(len(segments))}
     chosen: dict[str, UnitTree] = {}
     for pattern in patterns:
-        matched = [node for node in nodes if _matches(_segments(pattern), _segments(node.name))]
-        if not matched:
+        matched = [node for node in nodes if matches_path(pattern, node.name)]
+        if not matched and not any(_matches(_segments(pattern), list(path)) for path in paths):
             near = ", ".join(f'"{node.name}"' for node in nodes[1:4])
             raise PlanError(
                 f'the pattern "{pattern}" matches none of the {len(nodes)} modules with tensors, such as '
@@ -197,9 +202,10 @@ def _named(tree: UnitTree, patterns: Sequence[str], chooser: _Chooser) -> list[U
             )
         for node in matched:
             if not node.callable:
+                why = ", or which is split over devices" if elsewhere else ""
                 raise PlanError(
                     f'the pattern "{pattern}" matches "{node.name}" ({node.kind}), whose forward is never '
-                    f'called, so it cannot be a unit; match its elements: "{node.name}.*"'
+                    f'called{why}, so it cannot be a unit; match its elements: "{node.name}.*"'
                 )
             chosen[node.name] = node
     for node in chosen.values():
@@ -210,6 +216,11 @@ def _named(tree: UnitTree, patterns: Sequence[str], chooser: _Chooser) -> list[U
                     "contains it; units cannot be nested"
                 )
     return [node for node in nodes if node.name in chosen]
+
+
+def matches_path(pattern: str, path: str) -> bool:
+    """Whether a pattern, as `choose_units` takes them, matches a module path."""
+    return _matches(_segments(pattern), _segments(path))
 
 
 def _segments(path: str) -> list[str]:

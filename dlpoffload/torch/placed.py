@@ -18,6 +18,7 @@ from ..store import HostStore
 from ..transfer import Prefetcher, SlotRing
 from ..view import View
 from .origin import Origin
+from .shells import real_of
 from .staging import StagedMember, StagedUnit, Stager, home_tensor
 from .subclasses import inner_tensors, rebuilt
 from .tensors import bytes_of, empty_bytes, overwrite, tensor_in, torch_device
@@ -241,7 +242,7 @@ class Placed:
             allocate=allocate,
         )
         self.stager = Stager(Prefetcher(ring), slots, self.device)
-        self._named = dict(self.module.named_modules())
+        self._named = {path: real_of(module) for path, module in self.module.named_modules()}
         for unit in units:
             self.stager.add(self._unit(unit.name, unit.tensors))
 
