@@ -12,6 +12,7 @@ from ..errors import OffloadError, PlanError
 from ..planning import CostModel, Policy, balanced
 from .handle import OffloadHandle
 from .loading import FromCheckpoint
+from .mapping import Mode, check_mode
 from .offloading import Offloading, Pageable
 from .sources import Weights, open_source
 
@@ -30,6 +31,7 @@ def offload_(
     pageable: Pageable = "never",
     stage_unmapped: bool = False,
     checkpoint: Weights | None = None,
+    mode: Mode = "copy",
     recipe: Recipe | None = None,
     strict: bool = True,
 ) -> OffloadHandle:
@@ -70,6 +72,10 @@ def offload_(
         an open `Checkpoint`, or a mapping from names to tensors. Tensors on ``meta`` become real, as the same objects,
         and are on the CPU when the module is restored. What is not on ``meta`` is read over where it is stored, and
         kept where it is not.
+    mode
+        How the checkpoint becomes the host's bytes. ``"copy"`` reads it into pinned memory. ``"map"`` pins the file's
+        own pages: no second copy, and tensors that are read-only until `OffloadHandle.update` or
+        `OffloadHandle.copy_out` moves them. ``"auto"`` maps where it can, and copies otherwise; the report says why.
     recipe
         How the module's tensors are made of stored ones by slices and concatenations; see `checkpoint.recipe`.
     strict
@@ -89,6 +95,8 @@ def offload_(
         The module, or one inside it, is offloaded already.
     HostMemoryError, DeviceMemoryError
         Memory was refused.
+    RegistrationError, AliasError
+        ``mode="map"``, and the device, the file system or the file does not allow it.
     CheckpointError
         The checkpoint is damaged, or does not fit the module; the message names every tensor and what to do.
 
@@ -96,12 +104,13 @@ def offload_(
     """
     if checkpoint is None and (recipe is not None or not strict):
         raise PlanError("recipe= and strict= say how a checkpoint is read, so without checkpoint= they have no effect")
+    check_mode(mode, checkpoint, pageable)
     offloading = Offloading(open_driver(device), device_budget, units, slots, policy, cost, pageable, stage_unmapped)
     refuse_offloaded(module)
     if checkpoint is None:
         return OffloadHandle(module, offloading)
     with open_source(checkpoint) as source:
-        return OffloadHandle(module, offloading, FromCheckpoint(source, recipe, strict))
+        return OffloadHandle(module, offloading, FromCheckpoint(source, recipe, strict, mode))
 
 
 def refuse_offloaded(module: nn.Module) -> None:

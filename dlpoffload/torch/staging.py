@@ -21,6 +21,8 @@ from ..view import View
 from .backward import BackwardStager
 from .compiling import border, uncompiled
 from .gradients import guard_outputs
+from .guarded import expose, is_guarded
+from .moved import CopiedOut, move_out
 from .outputs import detached_from
 from .saved import saved_outside
 from .tensors import current_stream, tensor_in, tensor_over
@@ -96,6 +98,8 @@ class StagedUnit:
 
     Attributes
     ----------
+    read_only : list of torch.Tensor
+        Those at home in a mapped file: guarded but in a slot.
     own : frozenset of int
         Ids of its tensor objects, and of those that wrap them.
     active : list of Lease
@@ -106,6 +110,7 @@ class StagedUnit:
     modules: list[nn.Module]
     slab: Slab
     members: list[StagedMember]
+    read_only: list[torch.Tensor] = field(default_factory=list)
     slot_tensors: dict[int, list[torch.Tensor]] = field(default_factory=dict)
     active: list[Lease] = field(default_factory=list)
     own: frozenset[int] = field(init=False)
@@ -183,13 +188,16 @@ class StagedForward(WrappedForward):
 class Stager:
     """Enters and leaves units. One for each offloaded module."""
 
-    def __init__(self, prefetcher: Prefetcher, slots: list[torch.Tensor], device: torch.device) -> None:
+    def __init__(
+        self, prefetcher: Prefetcher, slots: list[torch.Tensor], device: torch.device, copied_out: CopiedOut
+    ) -> None:
         self.prefetcher = prefetcher
         self.ring = prefetcher.ring
         self.device = device
         self.slots = slots
         self.backward = BackwardStager(self.ring, slots, device)
         self.aliased_outputs = 0
+        self.copied_out = copied_out
         self.units: dict[str, StagedUnit] = {}
         self.adopted: list[str] = []
         self._unit_of: dict[str, StagedUnit] = {}
@@ -211,12 +219,23 @@ class Stager:
                 lease = unit.active[0].share(stream)
                 lease.wait()
             else:
-                self.look_over(unit)
-                lease = self.prefetcher.enter(unit.name, stream=stream)
-                if lease.slot is not None:
-                    unit.point(self._tensors(unit, lease.slot.index))
+                lease = self._stage(unit, stream)
             unit.active.append(lease)
             return lease
+
+    def _stage(self, unit: StagedUnit, stream: int) -> Lease:
+        staged = False
+        expose(unit.read_only, to_writes=True)
+        try:
+            self.look_over(unit)
+            lease = self.prefetcher.enter(unit.name, stream=stream)
+            if lease.slot is not None:
+                unit.point(self._tensors(unit, lease.slot.index))
+                staged = True
+            return lease
+        finally:
+            if not staged:
+                expose(unit.read_only, to_writes=False)
 
     @uncompiled
     def leave(self, unit: StagedUnit, lease: Lease) -> None:
@@ -228,7 +247,10 @@ class Stager:
                     if any(staged.written_unseen for staged in unit.members):
                         self.ring.changed_on_stream(unit.name, stream=lease.stream)
                 elif not unit.active:
-                    self._go_home(unit, lease)
+                    try:
+                        self._go_home(unit, lease)
+                    finally:
+                        expose(unit.read_only, to_writes=False)
             finally:
                 self.prefetcher.leave(lease)
 
@@ -284,15 +306,17 @@ class Stager:
                 written.append(staged)
             exchange_data(staged.tensor, staged.home, forget=True)
         driver = self.ring.driver
+        try:
+            for entry in {staged.entry for staged in written if is_guarded(staged.tensor)}:
+                move_out(self, unit, entry, lease.stream)
+        except BaseException:
+            self.ring.changed_on_stream(unit.name, stream=lease.stream)  # what was written is lost
+            raise
         for staged in written:
             # In stream order behind the write itself; a tensor that overlaps another brings the same bytes twice.
             with driver.current():
-                driver.copy_async(
-                    unit.slab.host_pointer + staged.slab_offset,
-                    lease.slot.device_pointer + staged.slab_offset,
-                    staged.member.spec.nbytes,
-                    lease.stream,
-                )
+                for start, host_pointer, nbytes in unit.slab.copies(staged.slab_offset, staged.member.spec.nbytes):
+                    driver.copy_async(host_pointer, lease.slot.device_pointer + start, nbytes, lease.stream)
             self.ring.stats.write_backs += 1
         if written:
             self.ring.changed_on_stream(unit.name, stream=lease.stream, valid=lease.slot)
@@ -332,6 +356,8 @@ class Stager:
 
     def _write(self, unit: StagedUnit, staged: StagedMember, tensor: torch.Tensor) -> None:
         source = tensor.detach().to("cpu")
+        if is_guarded(staged.tensor):
+            move_out(self, unit, staged.entry, current_stream(self.device))
         self.ring.driver.stream_synchronize(current_stream(self.device))
         self.ring.before_host_write(unit.name)
         home_tensor(unit.slab.host_view(staged.entry), staged.member).copy_(source)

@@ -19,6 +19,7 @@ from torch import nn
 from ..errors import OffloadError
 
 __all__ = [
+    "READ_ONLY",
     "attributes_of",
     "exchange_data",
     "former_class",
@@ -27,6 +28,7 @@ __all__ = [
     "unwatch",
     "was_read",
     "watch",
+    "watched_class",
     "written_as_data",
 ]
 
@@ -34,6 +36,8 @@ _DATA = cast(Any, torch._C.TensorBase).data
 _READ = "_dlpoffload_read"
 _GIVEN = "_dlpoffload_given"
 _FORMER = "_dlpoffload_class"
+READ_ONLY = "_dlpoffload_read_only"
+"""Under which `guarded` keeps a tensor's home."""
 
 
 @dataclass(slots=True)
@@ -85,7 +89,8 @@ class _Watched:
 
 
 @cache
-def _watched_class(kind: type) -> type:
+def watched_class(kind: type) -> type:
+    """The class that is watched in the place of `kind`."""
     return type(kind.__name__, (_Watched, kind), {"__module__": kind.__module__, "__qualname__": kind.__qualname__})
 
 
@@ -93,7 +98,7 @@ def watch(tensor: torch.Tensor) -> None:
     """Exchange a tensor's class. Only plain tensors and Parameters (and subclasses without a layout of their own)."""
     kind = type(tensor)
     tensor.__dict__[_FORMER] = kind
-    tensor.__class__ = _watched_class(kind)
+    tensor.__class__ = watched_class(kind)
 
 
 def unwatch(tensor: torch.Tensor) -> None:
@@ -101,6 +106,7 @@ def unwatch(tensor: torch.Tensor) -> None:
     kind = tensor.__dict__.pop(_FORMER, None)
     tensor.__dict__.pop(_READ, None)
     tensor.__dict__.pop(_GIVEN, None)
+    tensor.__dict__.pop(READ_ONLY, None)
     if kind is not None:
         tensor.__class__ = kind
 
@@ -112,7 +118,7 @@ def former_class(tensor: torch.Tensor) -> type:
 
 def attributes_of(tensor: torch.Tensor) -> dict[str, Any]:
     """What others have put on a tensor as attributes."""
-    return {name: value for name, value in tensor.__dict__.items() if name not in (_FORMER, _READ, _GIVEN)}
+    return {name: value for name, value in tensor.__dict__.items() if name not in (_FORMER, _READ, _GIVEN, READ_ONLY)}
 
 
 def is_noted(tensor: torch.Tensor) -> bool:
