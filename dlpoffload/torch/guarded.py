@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..errors import AliasError
 from .watched import READ_ONLY, former_class, watched_class
 
-__all__ = ["ReadOnlyTensor", "expose", "guard", "is_guarded", "release"]
+__all__ = ["ReadOnlyTensor", "expose", "guard", "home_view", "is_guarded", "release"]
 
 _UNPROTECTED: Final = ("__dlpack__", "share_memory_")
 """They hand the memory to code that knows nothing of this, or exchange it."""
@@ -111,6 +111,17 @@ def release(tensor: torch.Tensor) -> None:
     """Guard a tensor no longer, which stays watched. Idempotent."""
     if tensor.__dict__.pop(READ_ONLY, None) is not None:
         tensor.__class__ = watched_class(former_class(tensor))
+
+
+def home_view(tensor: torch.Tensor, home: torch.Tensor) -> torch.Tensor:
+    """View a tensor's home while it points elsewhere, guarded if the tensor is."""
+    note = tensor.__dict__.get(READ_ONLY)
+    if note is None:
+        return home
+    view = home.detach()
+    view.__dict__[READ_ONLY] = note
+    view.__class__ = ReadOnlyTensor
+    return view
 
 
 def is_guarded(tensor: torch.Tensor) -> bool:
