@@ -23,8 +23,9 @@ __all__ = ["ReadOnlyTensor", "expose", "guard", "home_view", "is_guarded", "rele
 
 _UNPROTECTED: Final = ("__dlpack__", "share_memory_")
 """They hand the memory to code that knows nothing of this, or exchange it."""
-_STATISTICS: Final = ("aten::native_batch_norm", "aten::cudnn_batch_norm", "aten::miopen_batch_norm")
-"""They write their running statistics, and their schemas do not say so."""
+_STATISTICS: Final = ("running_mean", "running_var")
+"""Arguments that are written in training, of which schemas do not say so."""
+_TRAINING: Final = ("training", "train", "use_input_stats")
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -170,10 +171,14 @@ def _only_reads(func: Any) -> bool:
     found = getattr(torch.ops.aten, name, None)
     if name == "__get__":
         return True
-    if found is None or name in ("batch_norm", "instance_norm", *(known.split("::")[1] for known in _STATISTICS)):
+    if found is None:
         return False
     schemas = [getattr(found, overload)._schema for overload in found.overloads()]
-    return not any(schema.is_mutable and not any(a.is_out for a in schema.arguments) for schema in schemas)
+    return not any(
+        (schema.is_mutable and not any(argument.is_out for argument in schema.arguments))
+        or any(argument.name in _STATISTICS for argument in schema.arguments)
+        for schema in schemas
+    )
 
 
 class _RefuseWrites(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -185,17 +190,18 @@ class _RefuseWrites(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        schema = func._schema
-        hidden = schema.name in _STATISTICS
-        if schema.is_mutable or hidden:
-            for index, argument in enumerate(schema.arguments):
-                written = argument.alias_info is not None and argument.alias_info.is_write
-                if written or (hidden and argument.name in ("running_mean", "running_var")):
-                    value = args[index] if index < len(args) else kwargs.get(argument.name)
-                    for tensor in _tensors(value):
-                        home = self.homes.get(tensor.untyped_storage()._cdata)
-                        if home is not None:
-                            home.refuse(schema.name)
+        given = {
+            argument.name: (argument, args[index] if index < len(args) else kwargs.get(argument.name))
+            for index, argument in enumerate(func._schema.arguments)
+        }
+        trains = "no_training" not in func._schema.name and all(given[n][1] for n in _TRAINING if n in given)
+        for argument, value in given.values():
+            declared = argument.alias_info is not None and argument.alias_info.is_write
+            if declared or (trains and argument.name in _STATISTICS):
+                for tensor in _tensors(value):
+                    home = self.homes.get(tensor.untyped_storage()._cdata)
+                    if home is not None:
+                        home.refuse(func._schema.name)
         return func(*args, **kwargs)
 
 
