@@ -94,6 +94,7 @@ class Placed:
         self._slot_nbytes = slot_nbytes(decided, self.store)
         self._before = former.devices if former is not None else {}
         self._former: dict[int, tuple[Entry, torch.device]] = {}
+        self._stayed: set[int] = set()  # until it has settled: entries that it left where they were at home before
         self._relabelled: list[tuple[Outer, torch.Tensor]] = []
         self._homes: dict[int, int] = {}  # where the data of each member that we moved is
         try:
@@ -191,13 +192,14 @@ class Placed:
             return
         assert self.store is not None
         homes = self._homes_of(entry)
-        pairs = list(zip(entry.members, homes, strict=True))
         if _addresses(entry) != [home.data_ptr() for home in homes]:
             host = from_dlpack(self.store.host_view(entry.name).view((entry.spec.nbytes,), "uint8"))
             for member in entry.members:
                 copy_span(member, host)
+        else:
+            self._stayed.add(id(entry))
         self._moved(entry)
-        for member, home in pairs:
+        for member, home in zip(entry.members, homes, strict=True):
             self._point(member, home)
 
     def _homes_of(self, entry: Entry) -> list[torch.Tensor]:
@@ -329,6 +331,7 @@ class Placed:
         """Say that the module is offloaded: from now on `undo` gives it ordinary memory, and not what it came with."""
         for entry, device in self._origin.settle():
             self._former[id(entry)] = entry, device
+        self._stayed.clear()
         self._origin = Origin()
 
     def retire(self) -> None:
@@ -363,7 +366,7 @@ class Placed:
         """
         self.retire()
         for key, (entry, device) in reversed(list(self._former.items())):
-            if any(self._is_ours(member) for member in entry.members):
+            if key not in self._stayed and any(self._is_ours(member) for member in entry.members):
                 self._restore(entry, empty_bytes(entry.spec.nbytes, device))
             del self._former[key]
         self._origin.rollback()
