@@ -80,7 +80,7 @@ types: $(INSTALLED)
 .PHONY: pytest
 pytest: $(INSTALLED)
 	@echo "==> pytest: unit, interchange, torch, jax, gpu, examples"
-	@$(RUN) -m pytest --import-mode=importlib tests $(PYTEST_ARGS)
+	@$(RUN) -m pytest --import-mode=importlib -n auto --maxprocesses 4 tests $(PYTEST_ARGS)
 
 .PHONY: test
 test: lint types pytest

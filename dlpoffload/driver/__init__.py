@@ -47,6 +47,8 @@ def open_driver(device: str | int | None = None) -> Driver:
         device = default_device()
     elif isinstance(device, int) and not isinstance(device, bool):
         device = f"cuda:{device}"
+    if isinstance(device, str) and device in _installed:
+        return _installed[device]
     match = _DEVICE.fullmatch(device) if isinstance(device, str) else None
     if match is None:
         raise SpecError(f'device={device!r} is no device name; use "cuda:0", "cuda:1", … or "cpu"')

@@ -7,7 +7,7 @@ policy says where every tensor lives, and `plan` holds its answer against the bu
 from __future__ import annotations
 
 from .balanced import balanced
-from .choose import choose_units
+from .choose import choose_units, matches_path
 from .planner import plan
 from .plans import Plan
 from .policy import all_mapped, all_staged, pattern_policy
@@ -27,6 +27,7 @@ __all__ = [
     "all_staged",
     "balanced",
     "choose_units",
+    "matches_path",
     "pattern_policy",
     "plan",
     "tree_of_names",

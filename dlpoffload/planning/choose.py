@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -12,7 +12,7 @@ from ..spec import ALIGNMENT, TensorSpec, aligned, parse_nbytes
 from .request import CostModel, Unit, checked_slots
 from .tree import UnitTree
 
-__all__ = ["choose_units"]
+__all__ = ["choose_units", "matches_path"]
 
 
 def choose_units(
@@ -22,6 +22,7 @@ def choose_units(
     *,
     units: Sequence[str] | None = None,
     cost: CostModel | None = None,
+    elsewhere: Collection[str] = (),
 ) -> list[Unit]:
     """Choose the modules that are staged as one: no unit lies inside another, with all tensors below it.
 
@@ -29,7 +30,7 @@ def choose_units(
       what lies outside all containers.
     - A mixture is split down to its experts, one unit each: a step reads a few of them.
     - What does not fit `slots` times into the budget is split into its children, again and again. So is a
-      nest of blocks, such as a stage of a U-Net, when the ring would take more than half of the budget.
+      nest of blocks, such as a stage of a U-Net, when the ring would take more than a quarter of the budget.
     - Outside the containers, what is larger than the largest of their units would enlarge the ring for
       everybody: it is split, and a single module that is larger stays loose.
     - Embeddings stay loose, and so does what is too small for a copy of its own: below
@@ -49,6 +50,8 @@ def choose_units(
         ``"**.experts.*"``.
     cost : CostModel, optional
         Its `small_nbytes` is used.
+    elsewhere : collection of str
+        Names of tensors of the same model in no part of this tree. A pattern may match their modules only.
 
     Returns
     -------
@@ -70,7 +73,7 @@ def choose_units(
             "nothing to offload; call it as it is"
         )
     if units is not None:
-        return [chooser.unit(node) for node in _named(tree, units, chooser)]
+        return [chooser.unit(node) for node in _named(tree, units, chooser, elsewhere)]
     small = (cost or CostModel()).small_nbytes
     return [chooser.unit(node) for node in chooser.choose(budget // slots // ALIGNMENT * ALIGNMENT, small)]
 
@@ -177,19 +180,21 @@ class _Chooser:
             or (measure.nbytes > limit and 2 * below >= measure.nbytes)
             or 2 * measure.gathered >= measure.nbytes
             or 2 * measure.experts > measure.nbytes
-            or (2 * measure.blocks > measure.nbytes and 2 * measure.nbytes > limit)
+            or (2 * measure.blocks > measure.nbytes and 4 * measure.nbytes > limit)
         )
 
 
-def _named(tree: UnitTree, patterns: Sequence[str], chooser: _Chooser) -> list[UnitTree]:
+def _named(tree: UnitTree, patterns: Sequence[str], chooser: _Chooser, elsewhere: Collection[str]) -> list[UnitTree]:
     """Nodes that the patterns name, in the order of the tree."""
     if isinstance(patterns, str):
         raise PlanError(f'units="{patterns}" is one string; pass a list of patterns: ["{patterns}"]')
     nodes = [node for node in tree.walk() if chooser.of[node.name].nbytes]
+    parts = [_segments(name) for name in elsewhere]
+    paths = {tuple(segments[:length]) for segments in parts for length in range(len(segments))}
     chosen: dict[str, UnitTree] = {}
     for pattern in patterns:
-        matched = [node for node in nodes if _matches(_segments(pattern), _segments(node.name))]
-        if not matched:
+        matched = [node for node in nodes if matches_path(pattern, node.name)]
+        if not matched and not any(_matches(_segments(pattern), list(path)) for path in paths):
             near = ", ".join(f'"{node.name}"' for node in nodes[1:4])
             raise PlanError(
                 f'the pattern "{pattern}" matches none of the {len(nodes)} modules with tensors, such as '
@@ -197,9 +202,10 @@ def _named(tree: UnitTree, patterns: Sequence[str], chooser: _Chooser) -> list[U
             )
         for node in matched:
             if not node.callable:
+                why = ", or which is split over devices" if elsewhere else ""
                 raise PlanError(
                     f'the pattern "{pattern}" matches "{node.name}" ({node.kind}), whose forward is never '
-                    f'called, so it cannot be a unit; match its elements: "{node.name}.*"'
+                    f'called{why}, so it cannot be a unit; match its elements: "{node.name}.*"'
                 )
             chosen[node.name] = node
     for node in chosen.values():
@@ -210,6 +216,11 @@ def _named(tree: UnitTree, patterns: Sequence[str], chooser: _Chooser) -> list[U
                     "contains it; units cannot be nested"
                 )
     return [node for node in nodes if node.name in chosen]
+
+
+def matches_path(pattern: str, path: str) -> bool:
+    """Whether a pattern, as `choose_units` takes them, matches a module path."""
+    return _matches(_segments(pattern), _segments(path))
 
 
 def _segments(path: str) -> list[str]:

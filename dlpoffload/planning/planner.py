@@ -25,6 +25,7 @@ def plan(
     policy: Policy = balanced,
     cost: CostModel | None = None,
     gathered: Iterable[str] | None = None,
+    elsewhere: Iterable[str] = (),
 ) -> Plan:
     """Plan which tensor lives where under a budget of device memory.
 
@@ -47,6 +48,9 @@ def plan(
     gathered : iterable of str, optional
         Names of, or shell patterns on, tensors of which a step reads a few rows. They are taken out of the
         units. Left out, the embeddings of the tree that are in no unit.
+    elsewhere : iterable of str
+        Names of tensors of the same model that are planned apart, for another device. Units and patterns that mean
+        only those are no error, and have no effect here.
 
     Returns
     -------
@@ -70,22 +74,30 @@ def plan(
         tree, flat = tree_of_names(specs), dict(specs)
     if not flat:
         raise PlanError("there are no tensors, so there is nothing to plan")
+    apart_from = frozenset(elsewhere)
     given, patterns = _units(units)
     if given is not None:
+        given = [unit for unit in given if not _is_elsewhere(unit, apart_from)]
         _check_units(given, flat)
-    apart = None if gathered is None else _gathered(gathered, flat)
+    apart = None if gathered is None else _gathered(gathered, flat, apart_from)
 
     def at(nbytes: int) -> Plan:
         chosen = given
         if chosen is None:
-            chosen = choose_units(tree, nbytes, slots, units=patterns, cost=cost)
+            chosen = choose_units(tree, nbytes, slots, units=patterns, cost=cost, elsewhere=apart_from)
         rows = tree.gathered() if apart is None else apart
         if apart:
             left = (Unit(unit.name, tuple(n for n in unit.tensors if n not in apart)) for unit in chosen)
             chosen = [unit for unit in left if unit.tensors]
         inside = {name for unit in chosen for name in unit.tensors}
         request = PlanRequest(
-            MappingProxyType(flat), tuple(chosen), nbytes, slots=slots, gathered=rows - inside, cost=cost
+            MappingProxyType(flat),
+            tuple(chosen),
+            nbytes,
+            slots=slots,
+            gathered=rows - inside,
+            cost=cost,
+            elsewhere=apart_from,
         )
         return _assemble(request, policy)
 
@@ -148,13 +160,24 @@ def _check_units(units: Sequence[Unit], specs: Mapping[str, TensorSpec]) -> None
             home[name] = unit.name
 
 
-def _gathered(patterns: Iterable[str], specs: Mapping[str, TensorSpec]) -> frozenset[str]:
+def _is_elsewhere(unit: Unit, elsewhere: frozenset[str]) -> bool:
+    away = [name for name in unit.tensors if name in elsewhere]
+    if away and len(away) < len(unit.tensors):
+        here = next(name for name in unit.tensors if name not in elsewhere)
+        raise PlanError(
+            f'the unit "{unit.name}" has "{here}" on one device and "{away[0]}" on another; a unit is one copy to one '
+            "device, so part it, or put its tensors together"
+        )
+    return bool(away)
+
+
+def _gathered(patterns: Iterable[str], specs: Mapping[str, TensorSpec], elsewhere: frozenset[str]) -> frozenset[str]:
     if isinstance(patterns, str):
         raise PlanError(f'gathered="{patterns}" is one string; pass a list of names or patterns: ["{patterns}"]')
     found: set[str] = set()
     for pattern in patterns:
         matched = matching(pattern, specs)
-        if not matched:
+        if not matched and not matching(pattern, elsewhere):
             raise PlanError(f'gathered names "{pattern}", which matches none of the {len(specs)} tensors')
         found.update(matched)
     return frozenset(found)

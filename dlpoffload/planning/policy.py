@@ -49,7 +49,7 @@ def pattern_policy(placements: Mapping[str, Placement | str], base: Policy = bal
         for pattern, placement in parsed.items():
             matched = matching(pattern, request.specs)
             new = [name for name in matched if name not in fixed]
-            if not new:
+            if not new and not matching(pattern, request.elsewhere):
                 raise PlanError(
                     f'the pattern "{pattern}" matches '
                     + (

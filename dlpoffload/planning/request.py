@@ -125,6 +125,8 @@ class PlanRequest:
         What the link costs.
     fixed : mapping of str to Placement
         Decided already; a policy that places these otherwise is overruled, so it should count them.
+    elsewhere : frozenset of str
+        Names of tensors of the same model that are planned apart, for another device. A pattern may match those only.
     """
 
     specs: Mapping[str, TensorSpec]
@@ -134,6 +136,7 @@ class PlanRequest:
     gathered: frozenset[str] = frozenset()
     cost: CostModel = field(default_factory=CostModel)
     fixed: Mapping[str, Placement] = field(default_factory=dict)
+    elsewhere: frozenset[str] = frozenset()
 
     @property
     def loose(self) -> tuple[str, ...]:

@@ -15,15 +15,15 @@ from ..errors import AliasError, HostMemoryError, RegistrationError, SpecError
 from ..pages import HugePages
 from ..spec import TensorSpec
 from .files import mapped_contents
+from .filling import FilledTensors
 from .layout import Units, checked_units
 from .pinned import Memory, Pageable, anonymous_contents, read_contents
 from .strides import viewed
-from .tensors import StoredTensors
 
 __all__ = ["HostStore"]
 
 
-class HostStore(StoredTensors):
+class HostStore(FilledTensors):
     """Named tensors in host memory: pinned, mapped and exactly as large as they are, or a checkpoint's own pages.
 
     Tensors of one unit lie in one slab, each aligned to 256 bytes, and the slab is a buffer of its own. The

@@ -214,23 +214,6 @@ class StoredTensors:
             raise SpecError(f'no unit "{unit}" among {len(self._units)}{near_to(unit, self._units)}')
         return region
 
-    def memoryviews(self, names: Container[str] | None = None) -> Iterator[tuple[memoryview, Mapping[str, int]]]:
-        """View the bytes of each buffer, allocated when its turn comes, and where its tensors start.
-
-        *Aliasing*: these bytes, writable. `Checkpoint.read_into` takes this.
-
-        Parameters
-        ----------
-        names
-            Only the buffers of these tensors, and of each buffer only those.
-        """
-        for home, byte_offsets in self._contents.offsets():
-            starts = {name: start for name, start in byte_offsets.items() if names is None or name in names}
-            if starts:
-                self._check_open()
-                buffer, shift = home.open()
-                yield buffer.memoryview(), {name: shift + start for name, start in starts.items()}
-
     def _spec(self, name: str) -> TensorSpec:
         spec = self._specs.get(name)
         if spec is None:
@@ -266,30 +249,6 @@ class StoredTensors:
         with self._lock, former._lock:
             if (self._device, self._memory.pageable) == (former._device, former._memory.pageable):
                 self._contents.take_over(former._contents, staying)
-
-    def adopt(self, unit: str, buffer: HostBuffer) -> None:
-        """Adopt a buffer that holds a unit's tensors already, as `slab` lays them out.
-
-        *Aliasing*: the buffer's own bytes. *Lifetime*: as if the store had allocated it.
-
-        Raises
-        ------
-        SpecError
-            The store has no such unit, or has memory for it; the buffer is of another size or kind, or for another
-            device.
-        """
-        home = self._region(unit).home
-        with self._lock:
-            there = home is None or home.buffer is not None
-            found = (buffer.nbytes, buffer.pinned, buffer.device)
-            wanted = (0 if home is None else home.nbytes, self._memory.pageable != "always", self._device)
-            if home is None or there or found != wanted:
-                raise SpecError(
-                    f'unit "{unit}" '
-                    + ("has memory already" if there else f"takes a buffer of {wanted}")
-                    + f", so it cannot adopt one of {found} (bytes, pinned, device)"
-                )
-            home.adopt(Home.of(buffer))
 
     def _buffers(self) -> list[HostBuffer]:
         return [buffer for home in self._homes if (buffer := home.buffer) is not None]

@@ -18,6 +18,7 @@ except ImportError as error:
 from .building import Offloader
 from .handle import OffloadHandle
 from .offload import offload_
-from .report import Report
+from .report import ByDevice, Report
+from .split import SplitHandle
 
-__all__ = ["OffloadHandle", "Offloader", "Report", "offload_"]
+__all__ = ["ByDevice", "OffloadHandle", "Offloader", "Report", "SplitHandle", "offload_"]

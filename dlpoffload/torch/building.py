@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..driver import open_driver
-from ..errors import ClosedError, HostMemoryError, OffloadError, RegistrationError
+from ..errors import ClosedError, HostMemoryError, OffloadError, RegistrationError, SpecError
 from ..planning import CostModel, Policy, balanced
 from .handle import OffloadHandle
 from .layers import Layer, new_entries
@@ -83,7 +83,7 @@ class Offloader:
         HostMemoryError
             Memory was refused for a layer, which is as it was. Those before it are wrapped.
         SpecError
-            A tensor that cannot be offloaded; see `offload_`.
+            A tensor that cannot be offloaded, see `offload_`; or no module at all.
         OffloadError
             A layer is offloaded already.
         ClosedError
@@ -97,6 +97,8 @@ class Offloader:
         return wrapped
 
     def _wrap(self, module: nn.Module) -> None:
+        if not isinstance(module, nn.Module):
+            raise SpecError(f"wrap() takes modules, not a {type(module).__name__}")
         refuse_offloaded(module)
         pageable, driver = self._offloading.pageable, self._offloading.driver
         known = {id(member.tensor) for layer in self._layers for member in layer.members()}

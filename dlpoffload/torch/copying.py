@@ -13,9 +13,11 @@ from .subclasses import rebuilt
 from .tensors import tensor_in
 from .tree import Member
 from .watched import attributes_of, former_class
+from .wrapped import LeftOut
 
 if TYPE_CHECKING:
     from .handle import OffloadHandle
+    from .split import SplitHandle
 
 __all__ = ["DeepCopy", "refuse_copy", "refuse_pickle"]
 
@@ -27,24 +29,41 @@ class DeepCopy:
     what the plan puts there.
     """
 
-    def __init__(self, handle: OffloadHandle) -> None:
+    def __init__(self, handle: OffloadHandle | SplitHandle) -> None:
         self.handle = handle
 
     def __call__(self, memo: dict[int, Any]) -> nn.Module:
         handle = self.handle
-        with handle.uninstalled() as placed, torch.inference_mode(False), torch.no_grad():
-            for entry in placed.entries.values():
-                flat = torch.empty(entry.spec.nbytes, dtype=torch.uint8)
-                for member in entry.members:
-                    memo[id(member.tensor)] = _host_copy(member, *placed.data_of(entry, member), flat)
-            for outer in placed.outers():
-                memo[id(outer.tensor)] = rebuilt(outer.tensor, memo)
-            result = copy.deepcopy(handle.module, memo)
-            for entry in placed.entries.values():
-                for member in entry.members:
-                    memo[id(member.tensor)].__dict__.update(copy.deepcopy(attributes_of(member.tensor), memo))
+        with handle.copyable() as parts, torch.inference_mode(False), torch.no_grad():
+            members: list[Member] = []
+            for placed in parts:
+                for entry in placed.entries.values():
+                    members += entry.members
+                    flat = torch.empty(entry.spec.nbytes, dtype=torch.uint8)
+                    for member in entry.members:
+                        memo[id(member.tensor)] = _host_copy(member, *placed.data_of(entry, member), flat)
+                for outer in placed.outers():
+                    memo[id(outer.tensor)] = rebuilt(outer.tensor, memo)
+            result = _without_ours(copy.deepcopy(handle.module, memo))
+            for member in members:
+                memo[id(member.tensor)].__dict__.update(copy.deepcopy(attributes_of(member.tensor), memo))
         handle.offload_like(result)
         return result
+
+
+def _without_ours(copied: nn.Module) -> nn.Module:
+    """Take out what our forwards and hooks left in their places."""
+    for module in copied.modules():
+        found = module.__dict__.get("forward")
+        while isinstance(found, LeftOut):
+            found = found.before
+            module.__dict__["forward"] = found
+        if "forward" in module.__dict__ and found is None:
+            del module.__dict__["forward"]
+        hooks = module._state_dict_hooks
+        for key in [key for key, hook in hooks.items() if isinstance(hook, LeftOut)]:
+            del hooks[key]
+    return copied
 
 
 def refuse_copy(memo: dict[int, Any]) -> NoReturn:

@@ -17,7 +17,7 @@ from ..errors import GradientError
 from .compiling import uncompiled
 from .subclasses import wraps_others
 
-__all__ = ["guard_outputs", "refuse_gradients"]
+__all__ = ["guard_outputs", "refuse_gradients", "tensors_in"]
 
 
 def refuse_gradients(named: Iterable[tuple[str, torch.Tensor]]) -> list[torch.utils.hooks.RemovableHandle]:
@@ -40,7 +40,7 @@ def guard_outputs(output: Any, named: Iterable[tuple[str, torch.Tensor]]) -> Non
     trainable = [(name, _node_of(tensor)) for name, tensor in _once(named) if tensor.requires_grad]
     trainable = [(name, node) for name, node in trainable if node is not None]
     if trainable:
-        for tensor in _tensors(output):
+        for tensor in tensors_in(output):
             if tensor.grad_fn is not None:  # a leaf that passed through would keep its hook for ever
                 tensor.register_hook(_Check(trainable))  # type: ignore[no-untyped-call]
 
@@ -92,15 +92,16 @@ def _refuse(name: str) -> NoReturn:
     )
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """Tensors in tensors, tuples, lists, dicts and dataclasses, in order."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, dict):
         for item in value.values():
-            yield from _tensors(item)
+            yield from tensors_in(item)
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_in(item)
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         for field in dataclasses.fields(value):
-            yield from _tensors(getattr(value, field.name))
+            yield from tensors_in(getattr(value, field.name))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NoReturn
@@ -15,7 +15,7 @@ from ..errors import ClosedError, OffloadError, SpecError
 from ..lifetime import drain
 from ..planning import Plan
 from .copying import DeepCopy, refuse_copy, refuse_pickle
-from .installed import MARK, Installed
+from .installed import Installed, handle_of
 from .moved import copy_out, host_facts
 from .offloading import Offloading
 from .origin import Start
@@ -66,8 +66,7 @@ class OffloadHandle:
     @staticmethod
     def of(module: nn.Module) -> OffloadHandle | None:
         """The handle of an offloaded module, or of the one that it is a part of."""
-        found = module.__dict__.get(MARK)
-        return found if isinstance(found, OffloadHandle) else None
+        return found if isinstance(found := handle_of(module), OffloadHandle) else None
 
     @property
     def plan(self) -> Plan:
@@ -213,6 +212,10 @@ class OffloadHandle:
         if placed.stager is not None:
             placed.stager.changed(entry.name, member, current_stream(placed.device))
 
+    def has(self, name: str) -> bool:
+        """Whether a tensor of that name was offloaded."""
+        return name in self._names or bool(self._parts(name))
+
     def _tensor(self, name: str) -> tuple[Entry, Member, torch.Tensor]:
         """What was offloaded under a name, and the tensor that is there now."""
         found = self._names.get(name)
@@ -282,15 +285,20 @@ class OffloadHandle:
         After any error everything is as it was.
         """
         with self._lock, torch.inference_mode(False), torch.no_grad():
-            placed = self._open()
-            offloading = replace(self._offloading, device_budget=device_budget)
-            units = (self._awake or self._plan).units
-            _, decided = offloading.plan(self.module, pinned=placed.pinned, former=units)
-            if self._awake is not None:
-                self._awake = decided
-            else:
-                self._change(decided)
-            self._offloading = offloading
+            self._resize(*self._resized(device_budget))
+
+    def _resized(self, device_budget: int | str) -> tuple[Offloading, Plan]:
+        """What another budget makes of the plan. Changes nothing."""
+        offloading = replace(self._offloading, device_budget=device_budget)
+        units = (self._awake or self._plan).units
+        return offloading, offloading.plan(self.module, pinned=self._open().pinned, former=units)[1]
+
+    def _resize(self, offloading: Offloading, decided: Plan) -> None:
+        if self._awake is not None:
+            self._awake = decided
+        else:
+            self._change(decided)
+        self._offloading = offloading
 
     def sleep(self) -> None:
         """Give up all device memory: residents go to the host, pinned as the rest, and the ring is freed. Idempotent.
@@ -357,13 +365,13 @@ class OffloadHandle:
     # ------------------------------------------------------------------------------------------ copies
 
     @contextmanager
-    def uninstalled(self) -> Iterator[Placed]:
-        """Take everything off the module for the length of a block, so that it can be copied."""
+    def copyable(self) -> Iterator[Sequence[Placed]]:
+        """Let the module be deep-copied for the length of a block; see `Installed.copyable`."""
         with self._lock:
             placed = self._open()
             self._check_awake("copied")
-            with self._installed.suspended():
-                yield placed
+            with self._installed.copyable():
+                yield [placed]
 
     def offload_like(self, module: nn.Module) -> OffloadHandle:
         """Offload another module with the same arguments."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from .borders import BorderForward, SplitForward
 from .copying import refuse_copy, refuse_pickle
 from .gradients import refuse_gradients
 from .moved import guard_loading
@@ -18,12 +19,21 @@ from .placed import Placed
 from .root import RootForward, SteppedForward
 from .staging import StagedForward
 from .state import guard_state_dicts
+from .tensors import torch_device
 from .wrapped import SleepingForward, WrappedForward
 
-__all__ = ["MARK", "Installed"]
+if TYPE_CHECKING:
+    from .device_map import Parts
 
-MARK = "_dlpoffload_handle"
+__all__ = ["Installed", "InstalledOverParts", "handle_of"]
+
+_MARK = "_dlpoffload_handle"
 """The instance attribute by which a module knows its handle."""
+
+
+def handle_of(module: nn.Module) -> Any:
+    """The handle of an offloaded module, or of the one that it is a part of; None where it is not offloaded."""
+    return module.__dict__.get(_MARK)
 
 
 class Installed:
@@ -54,8 +64,8 @@ class Installed:
 
     def _override(self, module: nn.Module, placed: Placed, handle: object, deep_copy: Any) -> None:
         for inside in module.modules():
-            self._overrides.put(inside, MARK, handle)
-            self._overrides.put(inside, "_apply", GuardedApply(placed, inside))
+            self._overrides.put(inside, _MARK, handle)
+            self._overrides.put(inside, "_apply", GuardedApply([placed], inside))
             self._overrides.put(inside, "__deepcopy__", deep_copy if inside is module else refuse_copy)
             self._overrides.put(inside, "__reduce_ex__", refuse_pickle)
 
@@ -67,26 +77,66 @@ class Installed:
         self._hooks += guard_loading(self._placed)
         self._hooks += refuse_gradients(member.of_module for member in self._placed.offloaded())
 
-    def _take_off(self) -> None:
+    def remove(self) -> None:
+        """Take everything off."""
         while self._hooks:
             self._hooks.pop().remove()
         for forward in reversed(self.forwards):
             forward.remove()
-
-    def remove(self) -> None:
-        """Take everything off."""
-        self._take_off()
         self._overrides.take()
         # The handle may outlive this, and the ring's slots must not.
         self.forwards.clear()
         self._units.clear()
 
     @contextmanager
-    def suspended(self) -> Iterator[None]:
-        """Take everything off for the length of a block."""
-        self._take_off()
+    def copyable(self) -> Iterator[None]:
+        """Let the module be deep-copied for the length of a block, while other threads may run it.
+
+        So forwards and hooks stay: without its forward a unit would be run without a lease. They leave themselves out.
+        """
+        with self._overrides.suspended():
+            yield
+
+
+class InstalledOverParts:
+    """The same for a module over several devices: what is above its parts, and around them. Put on after theirs."""
+
+    def __init__(
+        self, parts: Parts, placed: Sequence[Placed], handle: object, deep_copy: Any, *, asleep: bool = False
+    ) -> None:
+        root = parts.root
+        devices = {each.driver.device: torch_device(each.driver) for each in placed}
+        inside = {id(module) for tree in parts.roots.values() for module in tree.modules()}
+        above = [module for module in root.modules() if id(module) not in inside]
+        self.forwards: list[WrappedForward] = []
+        if asleep:
+            self.forwards += [SleepingForward(module) for module in above]
+        else:
+            self.forwards += [BorderForward(module, devices[device]) for module, device in parts.borders()]
+            self.forwards.append(SplitForward(root, devices[parts.home], placed))
+        self._overrides = Overrides()
         try:
-            with self._overrides.suspended():
-                yield
-        finally:
-            self._put_on()
+            for module in root.modules():
+                self._overrides.put(module, _MARK, handle)
+            for module in above:
+                self._overrides.put(module, "_apply", GuardedApply(placed, module))
+                self._overrides.put(module, "__deepcopy__", refuse_copy)
+                self._overrides.put(module, "__reduce_ex__", refuse_pickle)
+            self._overrides.put(root, "__deepcopy__", deep_copy)
+            for forward in self.forwards:
+                forward.install()
+        except BaseException:
+            self.remove()
+            raise
+
+    def remove(self) -> None:
+        """Take everything off. Idempotent."""
+        while self.forwards:
+            self.forwards.pop().remove()
+        self._overrides.take()
+
+    @contextmanager
+    def copyable(self) -> Iterator[None]:
+        """See `Installed.copyable`."""
+        with self._overrides.suspended():
+            yield

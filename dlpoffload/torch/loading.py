@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.dlpack import from_dlpack
 
 from ..checkpoint import Recipe
+from ..limits import check_host_budget
 from ..memory import HostBuffer
 from ..planning import Placement
 from ..producers import view_of
@@ -80,6 +81,8 @@ class Loading(Origin):
         at_home = {load.entry.name for load in whole if not placed.is_read_only(load.entry)}
         at_home -= {load.entry.name for load in resident}
         if at_home and placed.store is not None:
+            # All of it at once: sooner than after minutes of reading.
+            check_host_budget(sum(placed.plan.specs[name].nbytes for name in at_home))
             self._read(placed.store.memoryviews(at_home), whole)
         for load in resident:
             self._flats[id(load.entry)] = empty_bytes(load.entry.spec.nbytes, placed.device)

@@ -6,8 +6,8 @@ tensor to another device, or change its dtype, is refused before anything has ch
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -22,72 +22,81 @@ if TYPE_CHECKING:
 __all__ = ["GuardedApply"]
 
 
-class GuardedApply:
-    """Stands in the place of one module's `_apply`."""
+class _Held(NamedTuple):
+    """An offloaded tensor, and who placed it."""
 
-    def __init__(self, placed: Placed, module: nn.Module) -> None:
-        self.placed = placed
+    placed: Placed
+    entry: Entry
+    member: Member
+
+
+class GuardedApply:
+    """Stands in the place of one module's `_apply`; its tensors may be on several devices."""
+
+    def __init__(self, parts: Sequence[Placed], module: nn.Module) -> None:
+        self.parts = parts
         self.module = module
 
     def __call__(self, function: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
         modules = list(self.module.modules()) if recurse else [self.module]
-        offloaded = self.placed.tensors()
+        offloaded = {key: _Held(placed, *found) for placed in self.parts for key, found in placed.tensors().items()}
         held = _held(modules, offloaded)
-        for tensor, name in {id(m.of_module[1]): m.of_module[::-1] for _, m in held}.values():
-            self._check(function, tensor, name)
+        for found in {id(found.member.of_module[1]): found for found in held}.values():
+            self._check(function, found)
         for module in modules:
             _apply_to_others(module, function, offloaded)
         with torch.no_grad():
-            for outer in {id(member.outer): member.outer for _, member in held if member.outer is not None}.values():
+            for outer in {id(f.member.outer): f.member.outer for f in held if f.member.outer is not None}.values():
                 self._apply_to_outer(function, outer, offloaded)
-            for entry, member in held:
-                if member.outer is None:
-                    self._apply_to(function, entry, member)
+            for found in held:
+                if found.member.outer is None:
+                    self._apply_to(function, found)
         return self.module
 
-    def _check(self, function: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor, name: str) -> None:
+    def _check(self, function: Callable[[torch.Tensor], torch.Tensor], held: _Held) -> None:
+        name, tensor = held.member.of_module
         probe = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
         result = function(probe)
         if probe.device.type == "cpu" and probe.is_shared():  # type: ignore[no-untyped-call]
             raise OffloadError(f'"{name}" is offloaded, and this call would move it to shared memory; restore_() first')
         if result.dtype != probe.dtype or result.device != probe.device:
             raise OffloadError(
-                f'"{name}" is offloaded as {probe.dtype} for {self.placed.driver.device}, and this call would '
+                f'"{name}" is offloaded as {probe.dtype} for {held.placed.driver.device}, and this call would '
                 f"make it {result.dtype} on {result.device}; restore_() first, then change it and offload again"
             )
 
-    def _apply_to(self, function: Callable[[torch.Tensor], torch.Tensor], entry: Entry, member: Member) -> None:
-        before = member.tensor.detach()
+    def _apply_to(self, function: Callable[[torch.Tensor], torch.Tensor], held: _Held) -> None:
+        before = held.member.tensor.detach()
         after = function(before)
         if after.numel() and after.data_ptr() != before.data_ptr():
-            self.placed.write(entry, member, after)
+            held.placed.write(held.entry, held.member, after)
 
     def _apply_to_outer(
         self,
         function: Callable[[torch.Tensor], torch.Tensor],
         outer: Outer,
-        offloaded: dict[int, tuple[Entry, Member]],
+        offloaded: dict[int, _Held],
     ) -> None:
         """As `_apply_to`; what the function makes of a tensor that wraps others is written part by part."""
         after = function(outer.tensor.detach())
         made = dict(inner_tensors(after)) if wraps_others(after) else {}
         parts = {path: offloaded[id(inner)] for path, inner in inner_tensors(outer.tensor)}
         same = made.keys() == parts.keys() and all(
-            made[path].shape == member.tensor.shape and made[path].dtype == member.tensor.dtype
-            for path, (_, member) in parts.items()
+            made[path].shape == held.member.tensor.shape and made[path].dtype == held.member.tensor.dtype
+            for path, held in parts.items()
         )
         if not same:
             raise OffloadError(
                 f'"{outer.name}" is offloaded as a {type(outer.tensor).__name__} of {", ".join(parts)}, and this call '
                 f"makes other parts of it; restore_() first, then change it and offload again"
             )
-        for path, (entry, member) in parts.items():
-            if made[path].numel() and made[path].data_ptr() != member.tensor.data_ptr():
-                self.placed.write(entry, member, made[path])
+        for path, held in parts.items():
+            if made[path].numel() and made[path].data_ptr() != held.member.tensor.data_ptr():
+                held.placed.write(held.entry, held.member, made[path])
 
 
 def _apply_to_others(
-    module: nn.Module, function: Callable[[torch.Tensor], torch.Tensor], offloaded: dict[int, Any]
+    module: nn.Module, function: Callable[[torch.Tensor], torch.Tensor], offloaded: dict[int, _Held]
 ) -> None:
     """As `Module._apply` does it, for tensors that came after the offloading, such as an adapter's."""
     tables: list[dict[str, Any]] = [module._parameters, module._buffers]
@@ -105,8 +114,8 @@ def _apply_to_others(
                     table[name] = result
 
 
-def _held(modules: list[nn.Module], offloaded: dict[int, tuple[Entry, Member]]) -> list[tuple[Entry, Member]]:
-    found: dict[int, tuple[Entry, Member]] = {}
+def _held(modules: list[nn.Module], offloaded: dict[int, _Held]) -> list[_Held]:
+    found: dict[int, _Held] = {}
     for module in modules:
         for table in (module._parameters, module._buffers):
             for tensor in table.values():
@@ -115,7 +124,7 @@ def _held(modules: list[nn.Module], offloaded: dict[int, tuple[Entry, Member]]) 
     return list(found.values())
 
 
-def _offloaded_in(tensor: torch.Tensor, offloaded: dict[int, Any]) -> dict[int, Any]:
+def _offloaded_in(tensor: torch.Tensor, offloaded: dict[int, _Held]) -> dict[int, _Held]:
     """What was offloaded of a module's tensor: itself, or the tensors inside of it."""
     inside = [inner for _, inner in inner_tensors(tensor)] if wraps_others(tensor) else [tensor]
     return {id(inner): offloaded[id(inner)] for inner in inside if id(inner) in offloaded}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal, overload
 
 from torch import nn
 
@@ -10,20 +11,25 @@ from ..checkpoint import Recipe
 from ..driver import open_driver
 from ..errors import OffloadError, PlanError
 from ..planning import CostModel, Policy, balanced
+from .device_map import Budgets, Device, DeviceMap, by_device
 from .handle import OffloadHandle
+from .installed import handle_of
 from .loading import FromCheckpoint
 from .mapping import Mode, check_mode
 from .offloading import Offloading, Pageable
 from .sources import Weights, open_source
+from .split import SplitHandle
 
 __all__ = ["offload_", "refuse_offloaded"]
 
 
+@overload
 def offload_(
     module: nn.Module,
     device_budget: int | str,
     *,
     device: str | int | None = None,
+    device_map: None = None,
     units: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
     slots: int | None = None,
     policy: Policy = balanced,
@@ -34,7 +40,46 @@ def offload_(
     mode: Mode = "copy",
     recipe: Recipe | None = None,
     strict: bool = True,
-) -> OffloadHandle:
+) -> OffloadHandle: ...
+
+
+@overload
+def offload_(
+    module: nn.Module,
+    device_budget: Budgets,
+    *,
+    device: None = None,
+    device_map: Mapping[str, Device],
+    units: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
+    slots: int | None = None,
+    policy: Policy = balanced,
+    cost: CostModel | None = None,
+    pageable: Pageable = "never",
+    stage_unmapped: bool = False,
+    checkpoint: None = None,
+    mode: Literal["copy"] = "copy",
+    recipe: None = None,
+    strict: bool = True,
+) -> SplitHandle: ...
+
+
+def offload_(
+    module: nn.Module,
+    device_budget: int | str | Budgets,
+    *,
+    device: str | int | None = None,
+    device_map: Mapping[str, Device] | None = None,
+    units: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
+    slots: int | None = None,
+    policy: Policy = balanced,
+    cost: CostModel | None = None,
+    pageable: Pageable = "never",
+    stage_unmapped: bool = False,
+    checkpoint: Weights | None = None,
+    mode: Mode = "copy",
+    recipe: Recipe | None = None,
+    strict: bool = True,
+) -> OffloadHandle | SplitHandle:
     """Offload a module's parameters and buffers under a budget of device memory, in place.
 
     What the plan keeps on the device is moved there; the rest goes to pinned host memory of exactly its size, and is
@@ -49,9 +94,15 @@ def offload_(
     module
         Any module, on the CPU or on a device; with `checkpoint` on ``meta``, wholly or partly.
     device_budget
-        Bytes on the device for residents and ring together, or such as ``"20GiB"``. Activations do not count.
+        Bytes on the device for residents and ring together, or such as ``"20GiB"``. Activations do not count. With
+        `device_map`: a mapping from each device to its bytes.
     device
         Where it runs; the first CUDA device by default, or the CPU driver where there is none.
+    device_map
+        Which module is on which of several devices, as ``{"": "cuda:0", "model.layers.16": "cuda:1"}``: by module
+        paths, or patterns on them. Of what holds for a module the nearest counts: its own path, then that of the
+        module around it, and so on; ``""`` is the whole. Inputs are moved where a module's are needed, outputs of the
+        whole to the device of the first input.
     units
         What is staged together: patterns on module paths (``"model.layers.*"``). Left out, the repeated containers
         are found. See `planning.choose_units`.
@@ -86,7 +137,8 @@ def offload_(
     ------
     PlanError
         No parameters or buffers; the budget cannot hold the ring (the message names the smallest that can); a
-        pattern that matches nothing; an argument that has no effect.
+        pattern that matches nothing; an argument that has no effect; a tensor on no device of `device_map`, or tied
+        ones on two.
     SpecError
         A tensor that is sparse or on ``meta``, a device or budget that means nothing.
     DriverNotFoundError
@@ -102,6 +154,32 @@ def offload_(
 
     After any error the module is as it was; what was on ``meta`` still is.
     """
+    if device_map is not None or isinstance(device_budget, Mapping):
+        if not isinstance(device_budget, Mapping):
+            raise PlanError(
+                f"device_budget={device_budget!r} is one number, but device_map names several devices; give each one "
+                'its own: {"cuda:0": "20GiB", "cuda:1": "10GiB"}'
+            )
+        if device_map is None:
+            raise PlanError(
+                "device_budget is by device, so device_map= must say which module is on which; give one number for "
+                "one device"
+            )
+        if device is not None:
+            raise PlanError(f"device={device!r} has no effect beside device_map=; leave it out")
+        if checkpoint is not None or recipe is not None or not strict or mode != "copy":
+            raise PlanError("a checkpoint is not read over several devices yet; load the module first, and offload it")
+        mapped, budgets = DeviceMap(device_map), by_device(device_budget)
+        mapped.check_budgets(budgets)
+        refuse_offloaded(module)
+        return SplitHandle(
+            module,
+            mapped,
+            {
+                name: Offloading(driver, budgets[name], units, slots, policy, cost, pageable, stage_unmapped)
+                for name, driver in mapped.drivers.items()
+            },
+        )
     if checkpoint is None and (recipe is not None or not strict):
         raise PlanError("recipe= and strict= say how a checkpoint is read, so without checkpoint= they have no effect")
     check_mode(mode, checkpoint, pageable)
@@ -116,7 +194,7 @@ def offload_(
 def refuse_offloaded(module: nn.Module) -> None:
     """Raise OffloadError where a module, or one inside of it, is offloaded."""
     for path, inside in module.named_modules():
-        handle = OffloadHandle.of(inside)
+        handle = handle_of(inside)
         if handle is not None:
             raise OffloadError(
                 f'"{path or type(module).__name__}" is offloaded already, to {handle.device}; '

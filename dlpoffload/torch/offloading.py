@@ -34,6 +34,8 @@ class Offloading:
     cost: CostModel | None
     pageable: Pageable
     stage_unmapped: bool
+    elsewhere: frozenset[str] = frozenset()
+    """Names of the model's tensors on other devices; units and patterns may mean those."""
 
     def __post_init__(self) -> None:
         if self.pageable not in ("never", "if_refused", "always"):
@@ -61,7 +63,15 @@ class Offloading:
             cost = CostModel(memory=self.driver.capabilities().memory)
 
         def planned(units: Any) -> Plan:
-            return plan(tree, self.device_budget, units=units, slots=slots, policy=self.policy, cost=cost)
+            return plan(
+                tree,
+                self.device_budget,
+                units=units,
+                slots=slots,
+                policy=self.policy,
+                cost=cost,
+                elsewhere=self.elsewhere,
+            )
 
         if former and self.policy is not all_mapped:
             with suppress(PlanError):
@@ -73,7 +83,9 @@ class Offloading:
         if isinstance(self.units, Mapping):
             chosen = [Unit(name, tuple(names)) for name, names in self.units.items()]
         else:
-            chosen = choose_units(tree, self.device_budget, slots, units=self.units, cost=self.cost)
+            chosen = choose_units(
+                tree, self.device_budget, slots, units=self.units, cost=self.cost, elsewhere=self.elsewhere
+            )
         inside = {name for unit in chosen for name in unit.tensors}
         # Not those of a module that other units run inside of: its slot would be leased all that time.
         around = {

@@ -22,6 +22,7 @@ from .guarded import guard
 from .mapping import slot_nbytes
 from .moved import copied_out, copy_out
 from .origin import Origin
+from .shells import real_of
 from .staging import StagedMember, StagedUnit, Stager, home_tensor
 from .subclasses import inner_tensors, rebuilt
 from .tensors import bytes_of, empty_bytes, overwrite, tensor_in, torch_device
@@ -277,7 +278,7 @@ class Placed:
             allocate=allocate,
         )
         self.stager = Stager(Prefetcher(ring), slots, self.device, partial(copied_out, self))
-        self._named = dict(self.module.named_modules())
+        self._named = {path: real_of(module) for path, module in self.module.named_modules()}
         for unit in units:
             self.stager.add(self._unit(unit.name, unit.tensors))
 

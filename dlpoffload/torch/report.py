@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from ..driver import Driver
 from ..planning import Placement, Plan
@@ -12,11 +13,12 @@ from ..spec import format_nbytes
 from ..transfer import Link, TransferStats, measure_link
 
 if TYPE_CHECKING:
+    from rich.console import Group
     from rich.table import Table
 
-__all__ = ["Report", "link_of", "snapshot"]
+__all__ = ["ByDevice", "Report", "link_of", "snapshot"]
 
-
+_Shown = TypeVar("_Shown", bound="Plan | Report")
 _LINK_NBYTES: Final = 256 << 20
 _links: dict[str, Link] = {}
 _MODES: Final = {"map": "mapped", "copy": "copied"}
@@ -145,6 +147,30 @@ class Report:
         out = io.StringIO()
         Console(file=out, width=100, color_system=None).print(self)
         return out.getvalue().rstrip()
+
+
+class ByDevice(Mapping[str, _Shown]):
+    """The plans, or the reports, of a module that is over several devices. Printing it shows them all."""
+
+    def __init__(self, found: Mapping[str, _Shown]) -> None:
+        self._found = dict(found)
+
+    def __getitem__(self, device: str) -> _Shown:
+        return self._found[device]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def __rich__(self) -> Group:
+        from rich.console import Group
+
+        return Group(*(part for device, shown in self.items() for part in (device, shown)))
+
+    def __str__(self) -> str:
+        return "\n\n".join(f"{device}\n{shown}" for device, shown in self.items())
 
 
 def snapshot(stats: TransferStats | None) -> TransferStats:

@@ -378,18 +378,25 @@ class Stager:
         """The unit that stages an entry."""
         return self._unit_of.get(entry)
 
+    def check_closable(self) -> None:
+        """Raise the SlotError that `close` would."""
+        with self.lock:
+            running = [unit.name for unit in self.units.values() if unit.active]
+            if running:
+                raise SlotError(f'unit "{running[0]}" is running; restore the module between two calls of it')
+            if not self.ring.closed:
+                self.ring.check_uncaptured("closed")
+
     def close(self) -> None:
         """End staging, and let go of slots and homes at once: the garbage collector may come much later.
 
         Raises
         ------
         SlotError
-            A unit is running. Nothing has changed then.
+            A unit is running, or a captured graph can still be replayed. Nothing has changed then.
         """
         with self.lock:
-            running = [unit.name for unit in self.units.values() if unit.active]
-            if running:
-                raise SlotError(f'unit "{running[0]}" is running; restore the module between two calls of it')
+            self.check_closable()
             self.backward.abandon()
             self.ring.close()
             for unit in self.units.values():

@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from .guarded import home_view
 from .outputs import lies_in
 from .subclasses import inner_at, rebuilt
+from .wrapped import LeftOut
 
 if TYPE_CHECKING:
     from .staging import StagedMember, StagedUnit, Stager
@@ -33,6 +34,9 @@ def guard_state_dicts(stager: Stager, units: Iterable[StagedUnit]) -> list[Remov
 
 
 class _Homes:
+    def __deepcopy__(self, memo: dict[int, Any]) -> LeftOut:
+        return LeftOut(None)
+
     def __init__(self, stager: Stager, tensors: list[tuple[str, StagedUnit, StagedMember]]) -> None:
         self.tensors = tensors
         self.stager = stager

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from ..lifetime import drain
 from ..planning import Placement, Plan
 from .layers import Layer
 from .origin import Origin
@@ -105,6 +106,7 @@ class TakeOver(Origin):
         """Leave the tensors of a slab that was taken over where they are."""
         layer = self._kept.get(id(entry))
         if layer is None:
+            drain()  # a slab that the tensor before was the last to leave
             return False
         home = placed._home_view(entry)
         for member in entry.members:

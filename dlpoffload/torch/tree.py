@@ -11,12 +11,13 @@ from torch import nn
 from ..errors import PlanError, SpecError
 from ..planning import UnitTree
 from ..spec import TensorSpec
+from .shells import real_of
 from .subclasses import inner_tensors, wraps_others
 from .tensors import spec_of, version_of
 
-__all__ = ["Entry", "Member", "Outer", "collect", "unit_tree"]
+__all__ = ["INDIVISIBLE", "Entry", "Member", "Outer", "collect", "unit_tree"]
 
-_INDIVISIBLE = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+INDIVISIBLE = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 """They hand the weights of their children to kernels and do not call the children, always or on their fast path."""
 
 
@@ -49,8 +50,8 @@ class Member:
     byte_offset : int
         Where it lies in its entry's bytes.
     places : list of (module, attribute, qualified name)
-        Each once, under the first name of its module. Inside of a tensor that wraps others, attribute and name go on
-        with the path there: ``"weight.scale"``.
+        Each once, under the first name of its module; the module itself, not what stands for it (see `shells`).
+        Inside of a tensor that wraps others, attribute and name go on with the path there: ``"weight.scale"``.
     names : dict of str to (module, attribute)
         Every qualified name: a module that stands at two paths gives its tensors two.
     outer : Outer or None
@@ -95,8 +96,9 @@ def collect(root: nn.Module, *, meta: bool = False) -> list[Entry]:
     members: dict[int, Member] = {}
     outers: dict[int, Outer] = {}
     seen: set[int] = set()
-    for path, module in root.named_modules(remove_duplicate=False):
-        for attribute, tensor, outer in _own_tensors(module):
+    for path, found in root.named_modules(remove_duplicate=False):
+        module = real_of(found)
+        for attribute, tensor, outer in _own_tensors(found):
             name = f"{path}.{attribute}" if path else attribute
             member = members.get(id(tensor))
             if outer is not None and tensor.is_meta:
@@ -179,8 +181,8 @@ def _entry(group: list[Member]) -> Entry:
 
 def unit_tree(root: nn.Module, entries: list[Entry]) -> UnitTree:
     """The tree of modules, each entry at the lowest module that has all its places below it."""
-    paths: dict[int, str] = {id(module): path for path, module in root.named_modules(remove_duplicate=True)}
-    whole = {paths[id(module)] for module in root.modules() if isinstance(module, _INDIVISIBLE)}
+    paths = {id(real_of(module)): path for path, module in root.named_modules(remove_duplicate=True)}
+    whole = {paths[id(module)] for module in root.modules() if isinstance(module, INDIVISIBLE)}
     own: dict[str, dict[str, TensorSpec]] = {}
     for entry in entries:
         modules = [paths[id(place[0])].split(".") for member in entry.members for place in member.places]
@@ -203,13 +205,14 @@ def unit_tree(root: nn.Module, entries: list[Entry]) -> UnitTree:
             for name, child in module.named_children()
             if id(child) not in seen
         )
+        real = real_of(module)
         return UnitTree(
             name=path,
             tensors=own.get(path, {}),
             children=() if path in whole else children,
-            repeated=isinstance(module, nn.ModuleList | nn.Sequential | nn.ModuleDict),
-            kind=type(module).__name__,
-            callable=_is_callable(module),
+            repeated=isinstance(real, nn.ModuleList | nn.Sequential | nn.ModuleDict),
+            kind=type(real).__name__,
+            callable=real is module and _is_callable(module),
         )
 
     if not entries:

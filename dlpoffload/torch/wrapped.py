@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any, cast
@@ -10,14 +11,30 @@ from torch import nn
 
 from ..errors import OffloadError
 
-__all__ = ["SleepingForward", "WrappedForward"]
+__all__ = ["LeftOut", "SleepingForward", "WrappedForward"]
+
+
+class LeftOut:
+    """What a deep copy of an offloaded module has where something of ours was, until `copying` takes it out.
+
+    Attributes
+    ----------
+    before
+        A copy of what had been there before ours; None for nothing.
+    """
+
+    def __init__(self, before: object) -> None:
+        self.before = before
 
 
 class WrappedForward:
     """Base of what stands in the place of a module's forward.
 
-    It belongs to one module of one offloaded model, so it must not be copied along with it: see `copying`.
+    It belongs to one module of one offloaded model, so it is not copied along with it.
     """
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LeftOut:
+        return LeftOut(copy.deepcopy(self.before, memo))
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module

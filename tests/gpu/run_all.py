@@ -1,6 +1,6 @@
 """Everything that needs a GPU, in one go: the tests, the benchmarks, the demo; a short table last.
 
-    python tests/gpu/run_all.py [--only tests,doctor,blocks,memory,mapping,demo]
+    python tests/gpu/run_all.py [--only doctor,tests,blocks,jax,memory,mapping,building,demo,flax]
 
 Runs what is installed. Each part is a process of its own with its own limit; the exit status is the number of parts
 that failed. Logs go to the folder named by OUT, or to `out`.
@@ -23,9 +23,12 @@ PARTS: dict[str, tuple[list[str], int]] = {
     "doctor": ([sys.executable, "-P", "-c", "from dlpoffload.cli import main; raise SystemExit(main(['doctor']))"], 90),
     "tests": ([*PYTEST, str(ROOT / "tests")], 480),
     "blocks": ([sys.executable, "-P", str(HERE / "bench_blocks.py"), "--peers"], 240),
+    "jax": ([sys.executable, "-P", str(HERE / "bench_jax.py")], 420),
     "memory": ([sys.executable, "-P", str(HERE / "bench_memory.py"), "--rows", "exact,small,speed"], 500),
     "mapping": ([sys.executable, "-P", str(HERE / "bench_memory.py"), "--rows", "open,peak"], 300),
+    "building": ([sys.executable, "-P", str(HERE / "bench_building.py")], 200),
     "demo": ([sys.executable, "-P", str(ROOT / "examples" / "minilm.py"), "cuda:0"], 120),
+    "flax": ([sys.executable, "-P", str(ROOT / "examples" / "minilm_flax.py"), "cuda:0"], 120),
 }
 
 

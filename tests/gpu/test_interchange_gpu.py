@@ -135,7 +135,7 @@ def test_a_mapped_file_is_read_by_kernels_from_the_page_cache(torch: ModuleType,
         mapped = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
     with dlpo.HostBuffer.register(mapped, device=0) as buffer:
         assert buffer.read_only
-        tensor = torch.from_dlpack(buffer.device_view((COUNT,), "float32"))
+        tensor = torch.from_dlpack(buffer.device_view((COUNT,), "float32", read_only=True))
         assert tensor.double().sum().item() == COUNT * (COUNT - 1) / 2
         del tensor
     mapped.close()

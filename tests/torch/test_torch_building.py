@@ -29,7 +29,9 @@ from dlpoffload.errors import (  # noqa: E402
     SpecError,
 )
 from dlpoffload.planning import Placement, all_mapped, all_staged, pattern_policy  # noqa: E402
-from dlpoffload.torch import Offloader, OffloadHandle, loading, offload_  # noqa: E402
+from dlpoffload.torch import Offloader, OffloadHandle, loading, offload_, placed  # noqa: E402
+from dlpoffload.torch import handle as handle_module  # noqa: E402
+from dlpoffload.torch import layers as layers_module  # noqa: E402
 
 LAYERS = ["layers.*"]
 
@@ -86,11 +88,11 @@ def refuse(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     real = memory.allocate_pinned
     left = [0]
 
-    def allocate(nbytes: int, *rest: Any) -> Any:
+    def allocate(nbytes: int, *args: Any, **options: Any) -> Any:
         left[0] -= 1
         if left[0] == 0:
             raise HostMemoryError(f"{nbytes} bytes refused by the test", nbytes=nbytes)
-        return real(nbytes, *rest)
+        return real(nbytes, *args, **options)
 
     monkeypatch.setattr(memory, "allocate_pinned", allocate)
     return lambda which: left.__setitem__(0, which)
@@ -305,7 +307,9 @@ def test_residents_pass_through_one_tensor_of_the_host(
     monkeypatch.setattr(loading, "_READABLE", ())
     asked: list[int] = []
     real = memory.allocate_pinned
-    monkeypatch.setattr(memory, "allocate_pinned", lambda n, *rest: asked.append(n) or real(n, *rest))
+    monkeypatch.setattr(
+        memory, "allocate_pinned", lambda n, *more, **options: asked.append(n) or real(n, *more, **options)
+    )
     reference = case_of("unet_channels_last").model()
     model = on_meta(case_of("unet_channels_last"), reference)
     weights: Any = stored(reference) if form == "mapping" else saved(tmp_path, stored(reference))
@@ -516,6 +520,18 @@ def test_what_would_not_come_along_is_refused(device: str) -> None:
     assert looks(model) == before
 
 
+def test_more_than_the_machine_has(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found out before the first byte is allocated or read."""
+    monkeypatch.setattr(memory, "allocate_pinned", lambda *_, **__: pytest.fail("allocated"))
+    model = nn.Sequential(*(nn.Linear(1 << 20, 1 << 20, bias=False, device="meta") for _ in range(256)))  # 1 PiB
+    weights = {name: torch.zeros(()).expand(t.shape) for name, t in model.state_dict().items()}
+    before = looks(model)
+    with pytest.raises(HostMemoryError) as caught:
+        offload_(model, 0, device=device, policy=all_mapped, checkpoint=weights)
+    assert caught.value.nbytes == 1 << 50
+    assert looks(model) == before
+
+
 @pytest.mark.parametrize("policy", [all_staged, all_mapped, None])
 def test_memory_refused_at_each_buffer(policy: Any, device: str, refuse: Callable[[int], None], tmp_path: Path) -> None:
     reference = Tower(5)
@@ -547,6 +563,69 @@ def test_memory_refused_at_each_buffer(policy: Any, device: str, refuse: Callabl
     for name, tensor in reference.state_dict().items():
         assert same(model.state_dict()[name], tensor), name
     handle.restore_()
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """Let offloading fail once, after tensors were placed: half way, before the last step, or in it."""
+    count = [0]
+
+    def fail(*_: Any, **__: Any) -> Any:
+        count[0] += 1
+        if count[0] == 5:
+            raise RuntimeError("planted")
+
+    if where == "half way":
+        real_point = placed.Placed._point
+        monkeypatch.setattr(placed.Placed, "_point", lambda *args: (fail(), real_point(*args)))
+    elif where == "watching":
+        real_watch = placed.watch
+        monkeypatch.setattr(placed, "watch", lambda tensor: (fail(), real_watch(tensor)))
+    else:
+        real = handle_module.Installed
+        count[0] = 4
+        monkeypatch.setattr(handle_module, "Installed", lambda *args, **kwargs: fail() or real(*args, **kwargs))
+
+
+FAILURES = ["half way", "watching", "installing"]
+
+
+@pytest.mark.parametrize("where", FAILURES)
+def test_a_failure_after_tensors_were_placed(where: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = Tower(5)
+    with torch.device("meta"):
+        model = Tower(5)
+    model.layers[0].a.weight = nn.Parameter(torch.ones(64, 32))
+    kept = model.layers[0].a.weight.data_ptr()
+    before, buffers = looks(model), pinned()
+    options: dict[str, Any] = {"device": device, "checkpoint": stored(reference), "units": LAYERS}
+    failing(monkeypatch, where)
+    with pytest.raises(RuntimeError, match="planted"):
+        offload_(model, "60KiB", **options)
+    assert looks(model) == before
+    assert model.layers[0].a.weight.data_ptr() == kept
+    assert OffloadHandle.of(model) is None
+    assert pinned() == buffers
+    offload_(model, "60KiB", **options)
+    for name, tensor in reference.state_dict().items():
+        assert same(model.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("where", FAILURES)
+def test_a_failure_after_slabs_were_taken_over(where: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = tower_of(list(built(5, "cpu")))
+    offloader = Offloader("40KiB", device=device, policy=all_staged, units=LAYERS)
+    tower = tower_of(offloader.wrap(built(5, "cpu")))
+    homes = [p.data_ptr() for p in tower.parameters()]
+    failing(monkeypatch, where)
+    with pytest.raises(RuntimeError, match="planted"):
+        offloader.offload_(tower)
+    assert [p.data_ptr() for p in tower.parameters()] == homes
+    assert {type(p) for p in tower.parameters()} == {nn.Parameter}
+    handle = offloader.offload_(tower)
+    assert [p.data_ptr() for p in tower.parameters()] == homes
+    handle.restore_()
+    for name, tensor in reference.state_dict().items():
+        assert same(tower.state_dict()[name], tensor), name
 
 
 def test_pageable_when_pinning_is_refused(device: str, refuse: Callable[[int], None]) -> None:
@@ -592,6 +671,50 @@ def test_a_deep_copy_and_refresh_do_not_read_again(device: str, tmp_path: Path) 
     handle.restore_()
     assert same(model.layers[0].a.bias, torch.full((64,), 5.0))
     assert model.layers[0].a.bias.device.type == "cpu"
+
+
+def test_of_tied_weights_that_are_stored_apart_the_last_counts(device: str) -> None:
+    """As with `load_state_dict`."""
+    case = case_of("decoder_tied")
+    reference = case.model()
+    weights = stored(reference)
+    weights["head.weight"] = weights["embed.weight"] + 1
+    model = on_meta(case, reference)
+    reference.load_state_dict(weights)
+    offload_(model, "2MiB", device=device, checkpoint=weights)
+    assert same(model.state_dict()["embed.weight"], reference.embed.weight)
+
+
+@pytest.mark.parametrize("how", ["meta", "wrap"])
+def test_resized_and_put_to_sleep_afterwards(how: str, device: str) -> None:
+    reference = tower_of(list(built(8, "cpu")))
+    nbytes = sum(p.nbytes for p in reference.parameters())
+    if how == "meta":
+        with torch.device("meta"):
+            model = Tower(8)
+        handle = offload_(model, nbytes // 2, device=device, units=LAYERS, checkpoint=stored(reference))
+    else:
+        offloader = Offloader(nbytes // 2, device=device, units=LAYERS)
+        model = tower_of(offloader.wrap(built(8, "cpu")))
+        handle = offloader.offload_(model)
+    resident = reference.to(device)
+    x = torch.linspace(-1, 1, 96, device=device).reshape(3, 32)
+
+    def check() -> None:
+        with torch.no_grad():
+            assert same(model(x), resident(x))
+
+    check()
+    for budget in (2 * nbytes, nbytes // 3, nbytes // 2):
+        handle.resize_(device_budget=budget)
+        check()
+    handle.sleep()
+    handle.wake()
+    check()
+    handle.restore_()
+    for name, tensor in resident.state_dict().items():
+        assert same(model.state_dict()[name], tensor), name
+        assert model.state_dict()[name].device.type == "cpu"
 
 
 # ------------------------------------------------------------------------------------------- layer by layer
@@ -784,6 +907,33 @@ def test_wrapping_that_is_refused(device: str, refuse: Callable[[int], None]) ->
         assert same(made_layer.a.weight, layer.a.weight)
 
 
+@pytest.mark.parametrize("where", ["cpu", "device", "meta"])
+def test_a_layer_whose_wrapping_fails_half_way_is_as_it_was(
+    where: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (layer,) = built(1, device if where == "device" else where)
+    before, buffers = looks(layer), pinned()
+    values = stored(layer)
+    real, count = layers_module.home_tensor, [0]
+
+    def failing_home(*args: Any) -> Any:
+        count[0] += 1
+        if count[0] == 3:
+            raise RuntimeError("planted")
+        return real(*args)
+
+    monkeypatch.setattr(layers_module, "home_tensor", failing_home)
+    with Offloader("1MiB", device=device) as offloader:
+        with pytest.raises(RuntimeError, match="planted"):
+            offloader.wrap([layer])
+        assert looks(layer) == before
+        assert pinned() == buffers
+        if where != "meta":
+            assert all(same(tensor, values[name]) for name, tensor in layer.state_dict().items())
+        assert offloader.wrap([layer]) == [layer]
+        assert offloader.host_nbytes > 0
+
+
 def test_offloading_that_is_refused_can_be_tried_again(device: str, refuse: Callable[[int], None]) -> None:
     reference = case_of("decoder").model()
     offloader = Offloader("1200KiB", device=device, policy=all_staged)
@@ -811,6 +961,8 @@ def test_models_that_are_not_the_wrapped_ones(device: str) -> None:
         layers = offloader.wrap(built(3, "cpu"))
         with pytest.raises(OffloadError, match=r"1 of 3 wrapped layers are not in this Tower \(number 1, a Step\)"):
             offloader.offload_(tower_of([layers[0], layers[2]]))
+        with pytest.raises(SpecError, match="takes modules, not a int"):
+            offloader.wrap([3])  # type: ignore[list-item]
         offload_(other := Tower(2), "1MiB", device=device)
         with pytest.raises(OffloadError, match="offloaded already"):
             offloader.wrap(iter(other.layers))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -26,6 +27,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@functools.cache
 def measured(how: str, device: str, checkpoint: Path) -> dict[str, int]:
     run = subprocess.run(
         [sys.executable, building_peaks.__file__, how, device, str(checkpoint)],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -96,6 +97,14 @@ def leased(handle: OffloadHandle) -> int:
     return 0 if stager is None else sum(state.leases for state in stager.ring._states())
 
 
+def unleased(handle: OffloadHandle) -> bool:
+    """Whether no lease is left, soon: torch's device thread lets go of a backward that raised when it gets to it."""
+    deadline = time.monotonic() + 5
+    while leased(handle) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return leased(handle) == 0
+
+
 # ------------------------------------------------------------------------------------------- whole models
 
 
@@ -133,7 +142,7 @@ def test_adapters_inside_of_units(name: str, slots: int, device: str) -> None:
     stats = handle.report(link=False).stats
     assert stats.copies > before
     assert stats.host_waits == 0
-    assert leased(handle) == 0
+    assert unleased(handle)
 
 
 def taken_where_used(module: nn.Module) -> dict[str, Tensor]:
@@ -194,7 +203,7 @@ def test_adversarial_copies(slots: int, adversary: int, cpu_driver) -> None:
         assert_same_gradients(gradients(model, x, call), gradients(reference, x, call))
         with torch.no_grad():
             assert same(model(x), reference(x))
-    assert leased(handle) == 0
+    assert unleased(handle)
 
 
 def test_a_fault_in_a_slot_is_seen() -> None:
@@ -248,7 +257,7 @@ def test_higher_derivatives(slots: int, device: str) -> None:
         (second * first).sum().backward()
         results.append([first.detach(), second.detach(), *taken(each, x)])
     assert_same_gradients(*results)
-    assert leased(handle) == 0
+    assert unleased(handle)
 
 
 def test_what_autograd_saved_can_be_looked_at(device: str) -> None:
@@ -264,7 +273,7 @@ def test_what_autograd_saved_can_be_looked_at(device: str) -> None:
         seen.append(found)
     assert len(seen[0]) >= 2 * 6
     assert_same_gradients(*seen)
-    assert leased(handle) == 0
+    assert unleased(handle)
 
 
 class _Stumbling(torch.autograd.Function):
@@ -298,7 +307,7 @@ def test_a_backward_that_raised_holds_nothing(at: int, slots: int, depth: int, d
             model(x.clone().requires_grad_(), call).square().sum().backward()
         for parameter in model.parameters():
             parameter.grad = None
-        assert leased(handle) == 0
+        assert unleased(handle)
         _Stumbling.stumbles = False
         with torch.no_grad():
             assert same(model(x), reference(x))
@@ -319,7 +328,7 @@ def test_a_hook_that_raises(device: str) -> None:
         gradients(model, x)
     hook.remove()
     model.zero_grad()
-    assert leased(handle) == 0
+    assert unleased(handle)
     assert_same_gradients(gradients(model, x), gradients(reference, x))
 
 
@@ -379,7 +388,7 @@ def test_a_node_that_runs_a_backward_keeps_its_weights(slots: int, device: str) 
             each(x).square().sum().backward()
             results.append([x.grad])
         assert_same_gradients(*results)
-    assert leased(handle) == 0
+    assert unleased(handle)
 
 
 CALLS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
@@ -405,7 +414,7 @@ def test_checkpoints_around_units(call: Any, slots: int, mapped: bool, cpu_drive
         x = vector(seed, "cpu")
         assert_same_gradients(gradients(model, x, call), gradients(reference, x, call))
     assert handle.report(link=False).stats.mapped_runs == 0
-    assert leased(handle) == 0
+    assert unleased(handle)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -459,7 +468,7 @@ def test_checkpoints_inside_of_units_that_take_the_weight_itself(reentrant: bool
     for call in (None, outside):
         x = vector(0, device)
         assert_same_gradients(gradients(model, x, call), gradients(other, x, call))
-    assert leased(handle) == 0
+    assert unleased(handle)
 
 
 @pytest.mark.parametrize("call", [None, *CALLS.values()], ids=["plain", *CALLS])
@@ -529,7 +538,7 @@ def test_refused_before_anything_accumulates(policy: Any, device: str) -> None:
     refused(lambda: loss(module(x())).backward(inputs=[weight]), module, name=r"layers\.2\.b\.weight")
     refused(lambda: module.layers[1](x()).sum().backward(), module)
     refused(lambda: module.layers[1].a(x()).sum().backward(), module)  # not even a unit
-    assert leased(handle) == 0
+    assert unleased(handle)
 
     # what reaches none of them works, though they require a gradient
     resident = TwoOutputs().to(device)
@@ -548,7 +557,7 @@ def test_refused_before_anything_accumulates(policy: Any, device: str) -> None:
     leaf = x()
     loss(module(leaf)).backward()
     assert same(leaf.grad, found[1][0])
-    assert leased(handle) == 0
+    assert unleased(handle)
 
 
 def test_a_mapped_embedding_called_directly(device: str) -> None:

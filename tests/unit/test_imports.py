@@ -75,7 +75,7 @@ DOORS: dict[str, set[str]] = {
     "jax": {"jax"},
     "jaxlib": {"jax"},
     "numpy": {"jax"},
-    "rich": {"cli", "planning", "torch.report"},
+    "rich": {"cli", "jax.report", "planning", "torch.report"},
     "safetensors": {"checkpoint"},
     "_native": {"blocks", "chunked", "copies", "filemap", "lifetime", "pages", "producers", "view"},
 }
