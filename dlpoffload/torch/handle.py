@@ -111,17 +111,10 @@ class OffloadHandle:
             if link and stats.copies:
                 measured = link_of(placed.driver)
             return Report(
-                device=self.device,
-                description=placed.driver.description,
                 plan=self._plan,
-                pinned_nbytes=placed.host_nbytes if placed.pinned else 0,
-                pageable_nbytes=0 if placed.pinned else placed.host_nbytes,
                 **host_facts(placed),
-                device_nbytes=placed.device_nbytes,
                 stats=stats,
                 link=measured,
-                mapped_home=placed.mapped,
-                pageable_because=placed.pageable_because,
                 adopted=() if stager is None else tuple(stager.adopted),
                 replaced=tuple(
                     name
@@ -165,10 +158,7 @@ class OffloadHandle:
                 overwrite(current, tensor)
 
     def copy_out(self, name: str) -> bool:
-        """Copy a tensor out of a mapped checkpoint into memory of its own, so that it can be written in place.
-
-        Views that were made before stay on the file. Gives whether it was moved: False where it is writable already.
-        """
+        """Copy a tensor out of a mapped checkpoint, so that it can be written in place; False where it can already."""
         placed = self._open()
         if parts := self._parts(name):
             return max([self.copy_out(part) for part in parts.values()])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,16 +10,16 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import SlotError
-from .guarded import release
+from .guarded import is_guarded, release
 from .tensors import current_stream
 from .tree import Entry
 from .watched import exchange_data
 
 if TYPE_CHECKING:
     from .placed import Placed
-    from .staging import StagedUnit, Stager
+    from .staging import StagedMember, StagedUnit, Stager
 
-__all__ = ["CopiedOut", "copy_out", "guard_loading", "host_facts", "move_out"]
+__all__ = ["CopiedOut", "copy_out", "guard_loading", "host_facts", "move_out", "move_written"]
 
 CopiedOut = Callable[[str], list[torch.Tensor]]
 """Copies an entry out of its file, and gives the new homes of its members."""
@@ -75,18 +75,33 @@ def move_out(stager: Stager, unit: StagedUnit, entry: str, stream: int) -> None:
         unit.read_only = [tensor for tensor in unit.read_only if tensor is not staged.tensor]
 
 
+def move_written(stager: Stager, unit: StagedUnit, written: Sequence[StagedMember], stream: int) -> None:
+    """Move what a unit's forward wrote in its slot, before it is brought home."""
+    try:
+        for entry in {staged.entry for staged in written if is_guarded(staged.tensor)}:
+            move_out(stager, unit, entry, stream)
+    except BaseException:
+        stager.ring.changed_on_stream(unit.name, stream=stream)  # what was written is lost
+        raise
+
+
 def host_facts(placed: Placed) -> dict[str, Any]:
-    """What a report says of the host memory: by mode and why, what lies in files, and what does not."""
-    store = placed.store
-    if store is None:
-        return {"mode": "copy", "because": "", "file_nbytes": 0, "moved": (), "copied": ()}
-    own = [name for name in store if not store.is_read_only(name) and name not in store.moved]
+    """What a report says of the memory: how much, by mode and why, what lies in files, and what does not."""
+    store, host_nbytes = placed.store, placed.host_nbytes
+    own = [name for name in store or () if store and not (store.is_read_only(name) or name in store.moved)]
     return {
-        "mode": store.mode,
-        "because": store.because,
-        "file_nbytes": store.file_nbytes,
-        "moved": tuple(store.moved),
-        "copied": tuple(own) if store.mode == "map" else (),
+        "device": placed.driver.device,
+        "description": placed.driver.description,
+        "pinned_nbytes": host_nbytes if placed.pinned else 0,
+        "pageable_nbytes": 0 if placed.pinned else host_nbytes,
+        "pageable_because": placed.pageable_because,
+        "device_nbytes": placed.device_nbytes,
+        "mapped_home": placed.mapped,
+        "mode": "copy" if store is None else store.mode,
+        "because": "" if store is None else store.because,
+        "file_nbytes": 0 if store is None else store.file_nbytes,
+        "moved": () if store is None else tuple(store.moved),
+        "copied": tuple(own) if store is not None and store.mode == "map" else (),
     }
 
 

@@ -85,7 +85,7 @@ class Placed:
         self.device = torch_device(driver)
         self.pinned = pinned
         self.pageable_because = "" if pinned else "asked for"
-        self.because = ""  # why host bytes are not a file's own pages, where that was asked for
+        self.because = ""  # why host bytes are not a file's own pages
         self.mapped = pinned and driver.capabilities().map_host_memory
         self.entries = {entry.name: entry for entry in entries}
         self._unit_of = {name: unit.name for unit in decided.streamed_units for name in unit.tensors}
@@ -134,8 +134,7 @@ class Placed:
         specs = {name: decided.specs[name] for name in names}
         units = {unit.name: unit.tensors for unit in decided.streamed_units} | dict(self._origin.units(decided))
         if former is not None and former.store is not None:
-            entries = self.entries.values()
-            staying = {entry.name for entry in entries if former.homes.get(entry.name) == _addresses(entry)}
+            staying = {e.name for e in self.entries.values() if former.homes.get(e.name) == _addresses(e)}
             taken = replaced(former.store, specs, staying, units=units, pinned=self.pinned)
             former.store = None  # the slabs that remain live as long as tensors are at home in them
             return taken

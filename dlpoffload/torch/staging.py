@@ -22,7 +22,7 @@ from .backward import BackwardStager
 from .compiling import border, uncompiled
 from .gradients import guard_outputs
 from .guarded import expose, is_guarded
-from .moved import CopiedOut, move_out
+from .moved import CopiedOut, move_out, move_written
 from .outputs import detached_from
 from .saved import saved_outside
 from .tensors import current_stream, tensor_in, tensor_over
@@ -188,16 +188,14 @@ class StagedForward(WrappedForward):
 class Stager:
     """Enters and leaves units. One for each offloaded module."""
 
-    def __init__(
-        self, prefetcher: Prefetcher, slots: list[torch.Tensor], device: torch.device, copied_out: CopiedOut
-    ) -> None:
+    def __init__(self, prefetcher: Prefetcher, slots: list[torch.Tensor], device: torch.device, out: CopiedOut) -> None:
         self.prefetcher = prefetcher
         self.ring = prefetcher.ring
         self.device = device
         self.slots = slots
         self.backward = BackwardStager(self.ring, slots, device)
         self.aliased_outputs = 0
-        self.copied_out = copied_out
+        self.copied_out = out
         self.units: dict[str, StagedUnit] = {}
         self.adopted: list[str] = []
         self._unit_of: dict[str, StagedUnit] = {}
@@ -306,12 +304,7 @@ class Stager:
                 written.append(staged)
             exchange_data(staged.tensor, staged.home, forget=True)
         driver = self.ring.driver
-        try:
-            for entry in {staged.entry for staged in written if is_guarded(staged.tensor)}:
-                move_out(self, unit, entry, lease.stream)
-        except BaseException:
-            self.ring.changed_on_stream(unit.name, stream=lease.stream)  # what was written is lost
-            raise
+        move_written(self, unit, written, lease.stream)
         for staged in written:
             # In stream order behind the write itself; a tensor that overlaps another brings the same bytes twice.
             with driver.current():
