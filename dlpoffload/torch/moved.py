@@ -14,6 +14,7 @@ from .guarded import is_guarded, release
 from .tensors import current_stream
 from .tree import Entry
 from .watched import exchange_data
+from .wrapped import LeftOut
 
 if TYPE_CHECKING:
     from .placed import Placed
@@ -120,6 +121,9 @@ def guard_loading(placed: Placed) -> list[RemovableHandle]:
 
 
 class _MovedFirst:
+    def __deepcopy__(self, memo: dict[int, Any]) -> LeftOut:
+        return LeftOut(None)
+
     def __init__(self, placed: Placed, at: list[tuple[str, Entry]]) -> None:
         self.placed = placed
         self.at = at
