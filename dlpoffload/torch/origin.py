@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import torch
 from torch import nn
 
 from ..planning import Plan
+from ..spec import TensorSpec
+from ..store import HostStore
 from .tree import Entry
 
 if TYPE_CHECKING:
     from .placed import Placed
 
-__all__ = ["Origin", "Start"]
+__all__ = ["Origin", "Start", "Units"]
+
+Units: TypeAlias = Mapping[str, tuple[str, ...]]
 
 
 class Origin:
@@ -23,6 +27,10 @@ class Origin:
     def units(self, decided: Plan) -> Mapping[str, tuple[str, ...]]:
         """What shall have a slab of its own in the store, beside the streamed units."""
         return {}
+
+    def store(self, placed: Placed, specs: Mapping[str, TensorSpec], units: Units) -> HostStore | None:
+        """A store in which some of the tensors are already; None has one allocated."""
+        return None
 
     def fill(self, placed: Placed) -> None:
         """Bring bytes into the store, before the first tensor is placed."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -14,9 +15,12 @@ from ..driver import Driver
 from ..errors import PlanError, SpecError
 from ..memory import DeviceBuffer
 from ..planning import Placement, Plan
-from ..store import HostStore
+from ..store import HostStore, replaced
 from ..transfer import Prefetcher, SlotRing
 from ..view import View
+from .guarded import guard
+from .mapping import slot_nbytes
+from .moved import copied_out, copy_out
 from .origin import Origin
 from .shells import real_of
 from .staging import StagedMember, StagedUnit, Stager, home_tensor
@@ -81,21 +85,22 @@ class Placed:
         self.device = torch_device(driver)
         self.pinned = pinned
         self.pageable_because = "" if pinned else "asked for"
+        self.because = ""  # why host bytes are not a file's own pages
         self.mapped = pinned and driver.capabilities().map_host_memory
         self.entries = {entry.name: entry for entry in entries}
+        self._unit_of = {name: unit.name for unit in decided.streamed_units for name in unit.tensors}
         self.stager: Stager | None = None
         self._origin = origin or Origin()
-        self.store = self._allocate_store()
+        self.store = self._allocate_store(former)
+        self._slot_nbytes = slot_nbytes(decided, self.store)
         self._before = former.devices if former is not None else {}
-        if self.store is not None and former is not None and former.store is not None:
-            self.store.take_over(former.store, {e.name for e in entries if former.homes.get(e.name) == _places(e)})
-            former.store = None  # the slabs that remain live as long as tensors are at home in them
         self._former: dict[int, tuple[Entry, torch.device]] = {}
+        self._stayed: set[int] = set()  # until it has settled: entries that it left where they were at home before
         self._relabelled: list[tuple[Outer, torch.Tensor]] = []
         self._homes: dict[int, Place] = {}  # where the data of each member that we moved is
         try:
             # The ring first: what cannot run must fail before a weight has moved.
-            slots = [empty_bytes(decided.slot_nbytes, self.device) for _ in range(decided.slots)]
+            slots = [empty_bytes(self._slot_nbytes, self.device) for _ in range(decided.slots)]
             self._origin.fill(self)
             for entry in entries:
                 if not self._origin.place(self, entry):
@@ -105,12 +110,16 @@ class Placed:
                 self._stage(slots)
             for member in self.offloaded():
                 watch(member.tensor)
+            for entry in entries:
+                if self.is_read_only(entry):
+                    for member in entry.members:
+                        guard(member.tensor, member.name, plain_data(member.tensor))
         except BaseException:
             self.undo()
             raise
 
     # ------------------------------------------------------------------------------------- placing
-    def _allocate_store(self) -> HostStore | None:
+    def _allocate_store(self, former: Former | None) -> HostStore | None:
         decided = self.plan
         mapped = decided.names(Placement.HOST_MAPPED)
         if mapped and not self.mapped:
@@ -122,12 +131,27 @@ class Placed:
         names = [name for name in decided.specs if decided.placements[name] is not Placement.DEVICE]
         if not names:
             return None
-        return HostStore.allocate(
-            {name: decided.specs[name] for name in names},
-            units={unit.name: unit.tensors for unit in decided.streamed_units} | dict(self._origin.units(decided)),
-            device=self.driver.device,
-            pinned=self.pinned,
-        )
+        specs = {name: decided.specs[name] for name in names}
+        units = {unit.name: unit.tensors for unit in decided.streamed_units} | dict(self._origin.units(decided))
+        if former is not None and former.store is not None:
+            staying = {e.name for e in self.entries.values() if former.homes.get(e.name) == _places(e)}
+            taken = replaced(former.store, specs, staying, units=units, pinned=self.pinned)
+            former.store = None  # the slabs that remain live as long as tensors are at home in them
+            return taken
+        store = self._origin.store(self, specs, units)
+        if store is None:
+            store = HostStore.allocate(specs, units=units, device=self.driver.device, pinned=self.pinned)
+            store.because = self.because
+        return store
+
+    @property
+    def device_nbytes(self) -> int:
+        """Bytes on the device: residents and ring."""
+        return self.plan.device_nbytes + self.plan.slots * (self._slot_nbytes - self.plan.slot_nbytes)
+
+    def is_read_only(self, entry: Entry) -> bool:
+        """Whether an entry lies in a mapped file."""
+        return self.store is not None and entry.name in self.store and self.store.is_read_only(entry.name)
 
     @property
     def host_nbytes(self) -> int:
@@ -167,20 +191,29 @@ class Placed:
             self._move(entry, empty_bytes(entry.spec.nbytes, self.device))
             return
         assert self.store is not None
-        view = self._home_view(entry)
-        homes = [home_tensor(view, member) for member in entry.members]
-        pairs = list(zip(entry.members, homes, strict=True))
+        homes = self._homes_of(entry)
         if _places(entry) != [place_of(home) for home in homes]:
             host = from_dlpack(self.store.host_view(entry.name).view((entry.spec.nbytes,), "uint8"))
             for member in entry.members:
                 copy_span(member, host)
+        else:
+            self._stayed.add(id(entry))
         self._moved(entry)
-        for member, home in pairs:
+        for member, home in zip(entry.members, homes, strict=True):
             self._point(member, home)
+
+    def _homes_of(self, entry: Entry) -> list[torch.Tensor]:
+        view = self._home_view(entry)
+        return [home_tensor(view, member) for member in entry.members]
 
     def _home_view(self, entry: Entry) -> View:
         assert self.store is not None
-        return self.store.device_view(entry.name) if self.mapped else self.store.host_view(entry.name)
+        if not self.mapped:
+            return self.store.host_view(entry.name)
+        if self.is_read_only(entry) and (unit := self._unit_of.get(entry.name)) is not None:
+            # Kernels read it in a slot, aligned; where it lies in its file it may be off 16 bytes.
+            return self.store.slab(unit).device_view(entry.name, read_only=True)
+        return self.store.device_view(entry.name, read_only=self.is_read_only(entry))
 
     def _move(self, entry: Entry, flat: torch.Tensor) -> None:
         """Copy an entry's bytes into `flat`, and point its tensors there."""
@@ -239,9 +272,11 @@ class Placed:
             {unit.name: self.store.slab(unit.name) for unit in units},
             slots=len(slots),
             device=self.driver.device,
+            # Off 16 bytes kernels would compute other bits from the file itself than from a slot.
+            when_full="map" if self._unit_of.keys() & set(self.store.unaligned) else "map_read_only",
             allocate=allocate,
         )
-        self.stager = Stager(Prefetcher(ring), slots, self.device)
+        self.stager = Stager(Prefetcher(ring), slots, self.device, partial(copied_out, self))
         self._named = {path: real_of(module) for path, module in self.module.named_modules()}
         for unit in units:
             self.stager.add(self._unit(unit.name, unit.tensors))
@@ -262,7 +297,8 @@ class Placed:
             for member in entry.members
             if member.spec.nbytes
         ]
-        return StagedUnit(name, self._modules(name, entries), slab, members)
+        read_only = [m.tensor for entry in entries if self.is_read_only(entry) for m in entry.members]
+        return StagedUnit(name, self._modules(name, entries), slab, members, read_only)
 
     def _modules(self, name: str, entries: list[Entry]) -> list[nn.Module]:
         """The modules whose forward uses a unit: the one of that name, else all that hold its tensors."""
@@ -283,6 +319,7 @@ class Placed:
             overwrite(member.tensor, tensor)
             return
         assert self.store is not None
+        copy_out(self, entry)
         source = host_copy_of(tensor)
         # Kernels enqueued before may still read the mapped bytes, on whatever stream the module was called.
         self.driver.synchronize()
@@ -294,6 +331,7 @@ class Placed:
         """Say that the module is offloaded: from now on `undo` gives it ordinary memory, and not what it came with."""
         for entry, device in self._origin.settle():
             self._former[id(entry)] = entry, device
+        self._stayed.clear()
         self._origin = Origin()
 
     def retire(self) -> None:
@@ -328,7 +366,7 @@ class Placed:
         """
         self.retire()
         for key, (entry, device) in reversed(list(self._former.items())):
-            if any(self._is_ours(member) for member in entry.members):
+            if key not in self._stayed and any(self._is_ours(member) for member in entry.members):
                 self._restore(entry, empty_bytes(entry.spec.nbytes, device))
             for member in entry.members:
                 self._take_out(member, device)

@@ -22,6 +22,8 @@ from ..view import View
 from .backward import BackwardStager
 from .compiling import border, uncompiled
 from .gradients import guard_outputs
+from .guarded import expose, is_guarded
+from .moved import CopiedOut, move_out, move_written
 from .outputs import detached_from
 from .saved import saved_outside
 from .tensors import current_stream, host_copy_of, place_of, tensor_in, tensor_over
@@ -97,6 +99,8 @@ class StagedUnit:
 
     Attributes
     ----------
+    read_only : list of torch.Tensor
+        Those at home in a mapped file: guarded but in a slot.
     own : frozenset of int
         Ids of its tensor objects, and of those that wrap them.
     active : list of Lease
@@ -109,6 +113,7 @@ class StagedUnit:
     modules: list[nn.Module]
     slab: Slab
     members: list[StagedMember]
+    read_only: list[torch.Tensor] = field(default_factory=list)
     slot_tensors: dict[int, list[torch.Tensor]] = field(default_factory=dict)
     active: list[Lease] = field(default_factory=list)
     users: int = 0
@@ -194,7 +199,7 @@ class StagedForward(WrappedForward):
 class Stager:
     """Enters and leaves units. One for each offloaded module."""
 
-    def __init__(self, prefetcher: Prefetcher, slots: list[torch.Tensor], device: torch.device) -> None:
+    def __init__(self, prefetcher: Prefetcher, slots: list[torch.Tensor], device: torch.device, out: CopiedOut) -> None:
         self.prefetcher = prefetcher
         self.ring = prefetcher.ring
         self.device = device
@@ -202,6 +207,7 @@ class Stager:
         self._storages = [slot.untyped_storage() for slot in slots]
         self.backward = BackwardStager(self.ring, slots, device)
         self.aliased_outputs = 0
+        self.copied_out = out
         self.units: dict[str, StagedUnit] = {}
         self.adopted: list[str] = []
         self._unit_of: dict[str, StagedUnit] = {}
@@ -228,14 +234,25 @@ class Stager:
                 lease = unit.active[0].share(stream)
                 lease.wait()
             else:
-                self.look_over(unit)
-                lease = self.prefetcher.enter(unit.name, stream=stream)
-                if lease.slot is not None:
-                    tensors = self._tensors(unit, lease.slot.index)
-                    unit.users = self._users(lease)
-                    unit.point(tensors)
+                lease = self._stage(unit, stream)
             unit.active.append(lease)
             return lease
+
+    def _stage(self, unit: StagedUnit, stream: int) -> Lease:
+        staged = False
+        expose(unit.read_only, to_writes=True)
+        try:
+            self.look_over(unit)
+            lease = self.prefetcher.enter(unit.name, stream=stream)
+            if lease.slot is not None:
+                tensors = self._tensors(unit, lease.slot.index)
+                unit.users = self._users(lease)
+                unit.point(tensors)
+                staged = True
+            return lease
+        finally:
+            if not staged:
+                expose(unit.read_only, to_writes=False)
 
     @uncompiled
     def leave(self, unit: StagedUnit, lease: Lease) -> bool:
@@ -251,7 +268,10 @@ class Stager:
                     if any(staged.written_unseen for staged in unit.members):
                         self.ring.changed_on_stream(unit.name, stream=lease.stream)
                 elif not unit.active:
-                    self._go_home(unit, lease)
+                    try:
+                        self._go_home(unit, lease)
+                    finally:
+                        expose(unit.read_only, to_writes=False)
                     escaped = lease.sole and self._escaped(unit, lease)
             finally:
                 self.prefetcher.leave(lease)
@@ -322,15 +342,12 @@ class Stager:
         driver = self.ring.driver
         if written:
             lease.wait_for_readers()  # who wrote may have left already, on another stream
+        move_written(self, unit, written, lease.stream)
         for staged in written:
             # In stream order behind the write itself; a tensor that overlaps another brings the same bytes twice.
             with driver.current():
-                driver.copy_async(
-                    unit.slab.host_pointer + staged.slab_offset,
-                    lease.slot.device_pointer + staged.slab_offset,
-                    staged.member.spec.nbytes,
-                    lease.stream,
-                )
+                for start, host_pointer, nbytes in unit.slab.copies(staged.slab_offset, staged.member.spec.nbytes):
+                    driver.copy_async(host_pointer, lease.slot.device_pointer + start, nbytes, lease.stream)
             self.ring.stats.write_backs += 1
         if written:
             self.ring.changed_on_stream(unit.name, stream=lease.stream, valid=lease.slot)
@@ -377,6 +394,8 @@ class Stager:
 
     def _write(self, unit: StagedUnit, staged: StagedMember, tensor: torch.Tensor) -> None:
         source = host_copy_of(tensor)
+        if is_guarded(staged.tensor):
+            move_out(self, unit, staged.entry, current_stream(self.device))
         self.ring.driver.stream_synchronize(current_stream(self.device))
         self.ring.before_host_write(unit.name)
         home_tensor(unit.slab.host_view(staged.entry), staged.member).copy_(source)
