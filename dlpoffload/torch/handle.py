@@ -122,8 +122,8 @@ class OffloadHandle:
                 adopted=() if stager is None else tuple(stager.adopted),
                 replaced=tuple(
                     name
-                    for name, (_, member, holder, attribute) in self._names.items()
-                    if find(holder, attribute) is not member.tensor
+                    for name, (entry, member, holder, attribute) in self._names.items()
+                    if find(holder, attribute) is not member.tensor or placed.is_elsewhere(entry, member)
                 ),
                 aliased_outputs=0 if stager is None else stager.aliased_outputs,
                 asleep=self.asleep,

@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import SlotError
 from .guarded import is_guarded, release
-from .tensors import current_stream
+from .tensors import current_stream, place_of
 from .tree import Entry
 from .watched import exchange_data
 from .wrapped import LeftOut

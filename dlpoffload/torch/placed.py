@@ -97,7 +97,7 @@ class Placed:
         self._former: dict[int, tuple[Entry, torch.device]] = {}
         self._stayed: set[int] = set()  # until it has settled: entries that it left where they were at home before
         self._relabelled: list[tuple[Outer, torch.Tensor]] = []
-        self._homes: dict[int, Place] = {}  # where the data of each member that we moved is
+        self._homes: dict[int, Place] = {}  # where the data of each member is
         try:
             # The ring first: what cannot run must fail before a weight has moved.
             slots = [empty_bytes(self._slot_nbytes, self.device) for _ in range(decided.slots)]
@@ -187,6 +187,7 @@ class Placed:
     def _place(self, entry: Entry) -> None:
         if self.plan.placements[entry.name] is Placement.DEVICE or not entry.spec.nbytes:
             if all(m.tensor.device == self.device and id(m.tensor) not in self._before for m in entry.members):
+                self._homes.update((id(member), place_of(member.tensor)) for member in entry.members)
                 return
             self._move(entry, empty_bytes(entry.spec.nbytes, self.device))
             return
@@ -232,7 +233,7 @@ class Placed:
         self._homes[id(member)] = place_of(data)
 
     def _is_ours(self, member: Member) -> bool:
-        """Whether a member has the bytes that we gave it, and not others that somebody put there (``.data =``)."""
+        """Whether a member has the bytes that it was offloaded with, not others that somebody gave it (``.data =``)."""
         return place_of(member.tensor) == self._homes.get(id(member))
 
     def _relabel(self) -> None:
@@ -258,7 +259,12 @@ class Placed:
                 if unit.active:
                     return next(staged.home for staged in unit.members if staged.member is member), True
                 return plain_data(member.tensor), self._is_ours(member)
-        return plain_data(member.tensor), id(member) not in self._homes or self._is_ours(member)
+        return plain_data(member.tensor), self._is_ours(member)
+
+    def is_elsewhere(self, entry: Entry, member: Member) -> bool:
+        """Whether a tensor that no unit stages was given other memory (``.data =``): nothing takes that over."""
+        staged = self.plan.placements[entry.name] is Placement.HOST_STAGED
+        return not staged and not self.data_of(entry, member)[1]
 
     def _stage(self, slots: list[torch.Tensor]) -> None:
         assert self.store is not None

@@ -61,7 +61,8 @@ class Report:
     adopted : tuple of str
         Tensors that somebody gave other bytes (``.data =``) and whose values were taken over.
     replaced : tuple of str
-        Names under which the module has another tensor object now. Those are not offloaded: they are where they are.
+        Names under which the module has another tensor object now, or one that no unit stages and that was given other
+        memory. Those are not offloaded: they are where they are, until `OffloadHandle.refresh_` takes them in.
     aliased_outputs : int
         Outputs of units that lay in a slot and were copied.
     asleep : bool
