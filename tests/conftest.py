@@ -113,8 +113,10 @@ def pytest_configure() -> None:
     _required()
     # JAX would otherwise take three quarters of the device before torch's tests begin.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    # What is compared bitwise must be comparable at all: no products by whichever kernel was quicker today.
-    os.environ.setdefault("XLA_FLAGS", "--xla_gpu_autotune_level=0")
+    # What is compared must be comparable at all: no products by whichever kernel was quicker today, and no casts to a
+    # lower precision left out in one program and made in another.
+    flags = ("gpu_autotune_level=0", "gpu_enable_triton_gemm=false", "allow_excess_precision=false")
+    os.environ.setdefault("XLA_FLAGS", " ".join(f"--xla_{flag}" for flag in flags))
 
 
 def pytest_report_header() -> list[str]:

@@ -6,7 +6,8 @@ import weakref
 from typing import Any, Final
 
 import jax
-from jax.sharding import SingleDeviceSharding
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from ..driver import Driver, open_driver
 from ..errors import AliasError, DriverNotFoundError, SpecError
@@ -116,8 +117,23 @@ def array_view(view: View, *, accept_read_only: bool = False) -> jax.Array:
         raise AliasError(f"JAX takes no view of {view!r}{where}: {error}; HostBuffer.copy_of packs it") from error
     if view.nbytes and array.unsafe_buffer_pointer() != view.pointer:
         raise AliasError(f"JAX copied {view!r} instead of viewing it; use HostBuffer.copy_of(view)")
+    array = _typed(array)
     _refuse_donation(array)
     return array
+
+
+def _typed(array: jax.Array) -> jax.Array:
+    """The same array with its memory in its type, as JAX's own arrays in host memory have it.
+
+    `jax.dlpack.from_dlpack` leaves it out, and so does every sharding but a named one (jax 0.10, 0.11); a program
+    that is traced with such an argument would believe it to be on the device, and compute on it there.
+    """
+    kind, (device,) = array.sharding.memory_kind, array.devices()
+    if kind != "pinned_host":
+        return array
+    mesh = Mesh(np.array([device]), ("device",))
+    named = NamedSharding(mesh, PartitionSpec(), memory_kind=kind)
+    return jax.make_array_from_single_device_arrays(array.shape, named, [array])
 
 
 def _writable(view: View) -> View:

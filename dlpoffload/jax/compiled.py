@@ -71,6 +71,8 @@ def host_computations(text: str) -> tuple[str, ...]:
         if match is None:
             continue
         name, shape, operation = match.groups()
-        if '_xla_compute_type="host"' in line or (operation not in _MOVES and "S(5)" in shape):
+        moved = operation.removesuffix("-start").removesuffix("-update").removesuffix("-done")
+        computed = operation not in _MOVES and moved not in _MOVES
+        if '_xla_compute_type="host"' in line or (computed and "S(5)" in shape):
             found[name] = None
     return tuple(found)

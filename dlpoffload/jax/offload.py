@@ -36,9 +36,9 @@ def offload(
     over the link), or arrays in pinned host memory, which `OffloadHandle.streamed` stages through a ring while a
     program runs. On the CPU all three are arrays of the one memory that there is.
 
-    *Aliasing*: host leaves never share bytes with `tree`, except `View`s of pinned memory that the device maps, which
-    are taken as they are: that is the way in for a `HostStore`, read-only or not. Resident leaves that lie on the
-    device already are the same arrays. *Lifetime*: each array keeps its bytes; see `OffloadHandle.close`.
+    *Aliasing*: host leaves never share bytes with `tree`, except row-major `View`s of pinned memory that the device
+    maps, which are taken as they are: that is the way in for a `HostStore`, read-only or not. Resident leaves that lie
+    on the device already are the same arrays. *Lifetime*: each array keeps its bytes; see `OffloadHandle.close`.
     *Ordering*: waits for the leaves to be computed; the bytes are in place on return.
 
     Parameters

@@ -5,8 +5,8 @@ and each layer is staged as soon as the last reader of its slot has ended. Unrol
 device: a layer that is staged in one turn and read in the next has to be in the same buffer at the end of both, and
 with as many layers a turn as there are slots it is.
 
-The barrier is put on the stack, not on the row: XLA turns a dynamic slice of host memory that leads to the device into
-one copy, and computes the slice on the host where something stands between the two.
+The barrier is put on the stack, not on the row: XLA makes one copy of a dynamic slice of host memory that leads
+straight to the device, and computes on the host where something stands between (HostOffloader, by its source).
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ def staged_scan(
     length: int,
     reverse: bool,
     slots: int,
+    unroll: bool,
 ) -> tuple[list[Any], list[Any]]:
     """Scan `body` over rows of `xs`, which are on the device, and of `stacks`, which are not.
 
@@ -42,6 +43,8 @@ def staged_scan(
         From carry and the rows of all `xs` and then all `stacks` to carry and outputs.
     out_types
         Types of the outputs of one turn.
+    unroll
+        Write every turn out, without a loop.
     """
     turns = _Turns(body, list(xs), list(stacks), length, reverse, slots)
     outputs = [lax.full((length, *kind.shape), 0, kind.dtype) for kind in out_types]
@@ -50,7 +53,7 @@ def staged_scan(
     for ahead in range(min(slots - 1, length)):
         state, rows = turns.stage(state, ahead)
         ring.append(rows)
-    loops = (length - slots + 1) // slots
+    loops = 0 if unroll else (length - slots + 1) // slots
     done = 0
     if loops > 1:
 

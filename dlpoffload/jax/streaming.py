@@ -46,12 +46,15 @@ class Weights:
     same : mapping of int to int
         Arguments that are another one again.
     slots : int
+    unroll : bool
+        Whether scans over stacks become loops.
     """
 
     homes: Mapping[int, Home]
     frozen: Mapping[int, str]
     same: Mapping[int, int]
     slots: int
+    unroll: bool = False
 
     def shifted(self, count: int) -> Weights:
         """The same for a function with `count` arguments before."""
@@ -60,10 +63,11 @@ class Weights:
             {i + count: name for i, name in self.frozen.items()},
             {i + count: j + count for i, j in self.same.items()},
             self.slots,
+            self.unroll,
         )
 
 
-def streamed(fun: Callable[..., Any], staging: Staging, argnum: int) -> Callable[..., Any]:
+def streamed(fun: Callable[..., Any], staging: Staging, argnum: int, unroll: bool) -> Callable[..., Any]:
     """See `OffloadHandle.streamed`."""
 
     @functools.wraps(fun)
@@ -72,7 +76,7 @@ def streamed(fun: Callable[..., Any], staging: Staging, argnum: int) -> Callable
             raise SpecError(f"argnum={argnum}, but the function is called with {len(args)} positional arguments")
         at = argnum % len(args)
         names, values, structure = names_of(args[at])
-        weights = _weights(names, values, staging)
+        weights = _weights(names, values, staging, unroll)
         others, other_structure = jax.tree.flatten((args[:at], args[at + 1 :], kwargs))
 
         def flat(*leaves: Any) -> Any:
@@ -86,7 +90,7 @@ def streamed(fun: Callable[..., Any], staging: Staging, argnum: int) -> Callable
     return call
 
 
-def _weights(names: Sequence[str], values: Sequence[Any], staging: Staging) -> Weights:
+def _weights(names: Sequence[str], values: Sequence[Any], staging: Staging, unroll: bool) -> Weights:
     known = {name for name in names if name in staging.homes}
     if known != staging.homes.keys():
         missing = sorted(staging.homes.keys() - known)
@@ -108,7 +112,7 @@ def _weights(names: Sequence[str], values: Sequence[Any], staging: Staging) -> W
         if home.placement == "host_staged":
             homes[index] = home
             same[index] = first.setdefault(staging.tied[name], index)
-    return Weights(homes, frozen, same, staging.slots)
+    return Weights(homes, frozen, same, staging.slots, unroll)
 
 
 def run_streamed(
@@ -134,6 +138,7 @@ def run_streamed(
         {position[i]: what for i, what in weights.frozen.items()},
         {position[i]: position[j] for i, j in weights.same.items()},
         weights.slots,
+        weights.unroll,
     )
     return _Streamed(of_arrays, values, inner, name, traced).run(values)
 
@@ -166,7 +171,7 @@ class _Streamed:
         """Run it, staged."""
         plan = schedule(self.program, self.weights.slots)
         self.traced(summary(self.program, plan, self.weights.slots, self.name))
-        return execute(self.program, plan, consts, values, self.weights.slots)
+        return execute(self.program, plan, consts, values, self.weights.slots, unroll=self.weights.unroll)
 
 
 def _differentiable(streamed: _Streamed, count: int) -> Callable[..., list[Any]]:
@@ -259,7 +264,7 @@ def _backward(
             full[i] = value
         return pull(full)
 
-    weights = Weights(homes, {}, {}, streamed.weights.slots)
+    weights = Weights(homes, {}, {}, streamed.weights.slots, streamed.weights.unroll)
     pulled = _Streamed(back, [*residuals, *given], weights, f"{streamed.name} backward", streamed.traced)
     result: list[Any] = [None] * arguments
     for i, value in zip(asked, pulled.run([*residuals, *given]), strict=True):

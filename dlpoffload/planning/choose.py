@@ -30,7 +30,7 @@ def choose_units(
       what lies outside all containers.
     - A mixture is split down to its experts, one unit each: a step reads a few of them.
     - What does not fit `slots` times into the budget is split into its children, again and again. So is a
-      nest of blocks, such as a stage of a U-Net, when the ring would take more than half of the budget.
+      nest of blocks, such as a stage of a U-Net, when the ring would take more than a quarter of the budget.
     - Outside the containers, what is larger than the largest of their units would enlarge the ring for
       everybody: it is split, and a single module that is larger stays loose.
     - Embeddings stay loose, and so does what is too small for a copy of its own: below
@@ -180,7 +180,7 @@ class _Chooser:
             or (measure.nbytes > limit and 2 * below >= measure.nbytes)
             or 2 * measure.gathered >= measure.nbytes
             or 2 * measure.experts > measure.nbytes
-            or (2 * measure.blocks > measure.nbytes and 2 * measure.nbytes > limit)
+            or (2 * measure.blocks > measure.nbytes and 4 * measure.nbytes > limit)
         )
 
 

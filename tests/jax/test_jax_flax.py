@@ -47,7 +47,7 @@ def test_linen(tokens: Any, device: str) -> None:
         @linen.compact
         def __call__(self, x: Any) -> Any:
             y = linen.LayerNorm()(x)
-            y = linen.SelfAttention(num_heads=2, dtype=jnp.bfloat16)(y)
+            y = linen.MultiHeadDotProductAttention(num_heads=2, dtype=jnp.bfloat16)(y)
             return x + linen.Dense(WIDTH)(linen.gelu(linen.Dense(4 * WIDTH)(y)))
 
     class Model(linen.Module):
