@@ -93,6 +93,7 @@ class Placed:
         self._former: dict[int, tuple[Entry, torch.device]] = {}
         self._relabelled: list[tuple[Outer, torch.Tensor]] = []
         self._homes: dict[int, int] = {}  # where the data of each member that we moved is
+        self._stayed: set[int] = set()  # entries that were at home there before
         try:
             # The ring first: what cannot run must fail before a weight has moved.
             slots = [empty_bytes(decided.slot_nbytes, self.device) for _ in range(decided.slots)]
@@ -106,6 +107,8 @@ class Placed:
             for member in self.offloaded():
                 watch(member.tensor)
         except BaseException:
+            for key in self._stayed:  # whoever brought them there has them still
+                self._former.pop(key, None)
             self.undo()
             raise
 
@@ -174,6 +177,8 @@ class Placed:
             host = from_dlpack(self.store.host_view(entry.name).view((entry.spec.nbytes,), "uint8"))
             for member in entry.members:
                 copy_span(member, host)
+        else:
+            self._stayed.add(id(entry))
         self._moved(entry)
         for member, home in pairs:
             self._point(member, home)

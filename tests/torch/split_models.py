@@ -108,4 +108,4 @@ def assert_streamed(handle: SplitHandle) -> None:
         assert report.device == device
         assert report.device_nbytes <= report.plan.device_budget
         assert (report.stats.copies > 0) == bool(report.plan.streamed_units)
-        assert report.stats.mapped_runs == report.stats.host_waits == 0
+        assert (report.stats.mapped_runs, report.stats.host_waits) == (0, 0)
