@@ -12,7 +12,7 @@ from ..driver import Driver, open_driver
 from ..errors import PlanError
 from ..planning import matches_path
 from .shells import shell_tree
-from .tree import INDIVISIBLE, Entry, collect
+from .tree import INDIVISIBLE, Entry, collect, is_callable
 
 __all__ = ["Budgets", "Device", "DeviceMap", "Parts", "by_device"]
 
@@ -207,7 +207,7 @@ class Parts:
         for child in inside.values():
             below = self._below[id(child)]
             device = next(iter(below)) if len(below) == 1 else self._map.device_of(self._paths[id(child)])
-            if below and device is not None:
+            if below and device is not None and is_callable(child):
                 yield child, device
 
 

@@ -6,8 +6,10 @@ import copy
 import functools
 import gc
 import pickle
+import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -39,8 +41,23 @@ from dlpoffload.errors import (  # noqa: E402
 from dlpoffload.planning import Placement, all_mapped, all_staged, pattern_policy  # noqa: E402
 from dlpoffload.torch import OffloadHandle, SplitHandle, offload_  # noqa: E402
 from dlpoffload.torch import placed as placed_module  # noqa: E402
+from dlpoffload.torch.borders import BorderForward, moved  # noqa: E402
+from dlpoffload.torch.device_map import DeviceMap, Parts  # noqa: E402
 
 Pair = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Frozen:
+    x: Tensor
+    text: str
+
+
+class Named(NamedTuple):
+    x: Tensor
+    nothing: None
+
+
 SPLIT = [case for case in CASES if case.name in MAPS]
 PAIRS = [
     pytest.param(("cpu", "cpu:1"), id="cpu-cpu"),
@@ -246,7 +263,9 @@ def test_any_policy(policy: Any, pair: Pair) -> None:
     module = Decoder(tied=False)
     device_map = mapped(pair, "decoder")
     reference = resident(module, device_map)
-    handle = offload_split(module, device_map, dict.fromkeys(pair, 0), policy=policy)
+    # three: the position is leased while norm's weight and bias are, each a unit of its own
+    slots = {"slots": 3} if policy is all_staged else {}
+    handle = offload_split(module, device_map, dict.fromkeys(pair, 0), policy=policy, **slots)
     assert any("position" in unit.tensors for unit in handle.plan[pair[0]].streamed_units) == (policy is all_staged)
     for seed in range(3):
         tokens = torch.randint(0, 500, (2, 9), generator=torch.Generator().manual_seed(seed))
@@ -397,6 +416,149 @@ def test_hugging_face_generates_the_same_tokens(pair: Pair) -> None:
     assert found.logits.device == inputs["input_ids"].device
     assert type(found) is type(wanted)
     assert_streamed(handle)
+
+
+def test_several_threads_at_once(pair: Pair) -> None:
+    module, reference, handle = tower(pair)
+    with torch.no_grad():
+        wanted = [reference(vector(seed, pair[0])) for seed in range(4)]
+    wrong: list[object] = []
+
+    def calls(seed: int) -> None:
+        try:
+            for _ in range(5):
+                with torch.no_grad():
+                    if not same(module(vector(seed, pair[0])), wanted[seed]):
+                        wrong.append(seed)
+        except Exception as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=calls, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert wrong == []
+    assert all(report.stats.copies > 0 for report in handle.report(link=False).values())
+
+
+def test_patterns_may_match_on_one_device_only(two_cpus: object) -> None:
+    torch.manual_seed(1)
+    module = Decoder(tied=False)
+    device_map = {"": "cpu", "layers.4": "cpu:1", "layers.5": "cpu:1", "layers.6": "cpu:1"}
+    handle = offload_(
+        module,
+        {"cpu": "2MiB", "cpu:1": "1MiB"},
+        device_map=device_map,
+        units=["layers.*.attention", "layers.5.up", "head"],
+        policy=pattern_policy(
+            {"embed.*": "host_staged", "layers.6.norm.*": "device", "layers.*.down.*": "host_mapped"}
+        ),
+    )
+    units = {device: [unit.name for unit in plan.units] for device, plan in handle.plan.items()}
+    assert units["cpu"] == [*(f"layers.{i}.attention" for i in range(4)), "head", "embed.weight"]
+    assert units["cpu:1"] == ["layers.4.attention", "layers.5.attention", "layers.5.up", "layers.6.attention"]
+    first, second = handle.plan["cpu"].placements, handle.plan["cpu:1"].placements
+    assert first["layers.0.down.bias"] is second["layers.4.down.bias"] is Placement.HOST_MAPPED
+    assert second["layers.6.norm.bias"] is Placement.DEVICE
+    handle.restore_()
+    whole = {"a": ["layers.0.up.weight", "layers.1.up.weight"], "b": ["layers.4.up.weight"]}
+    handle = offload_(module, {"cpu": "2MiB", "cpu:1": "1MiB"}, device_map=device_map, units=whole, policy=all_staged)
+    assert [unit.name for unit in handle.plan["cpu"].units][:1] == ["a"]
+    assert [unit.name for unit in handle.plan["cpu:1"].units][:1] == ["b"]
+    handle.restore_()
+
+
+# ------------------------------------------------------------------------------------------ maps and borders
+
+
+@pytest.mark.parametrize(
+    ("path", "device"),
+    [
+        ("", "cpu"),
+        ("head", "cpu"),
+        ("layers", "cpu"),
+        ("layers.0.a", "cpu"),
+        ("layers.10.a", "cpu:1"),
+        ("layers.11", "cpu"),
+        ("layers.11.b", "cpu:1"),
+        ("layers.11.a", "cpu"),
+        ("layers.1.a", "cpu"),
+        ("layers.2.a.inner", "cpu:1"),
+    ],
+)
+def test_the_nearest_module_that_is_named_counts(path: str, device: str, two_cpus: object) -> None:
+    said = {"": "cpu", "layers.10": "cpu:1", "layers.1*.b": "cpu:1", "layers.2.a": "cpu:1"}
+    assert DeviceMap(said).device_of(path) == device
+
+
+def test_a_path_goes_before_a_pattern_and_the_first_pattern_before_the_next(two_cpus: object) -> None:
+    found = DeviceMap({"layers.*": "cpu:1", "*.3": "cpu", "layers.4": "cpu", "**.b": "cpu"})
+    assert [found.device_of(f"layers.{i}.a") for i in (2, 3, 4)] == ["cpu:1", "cpu:1", "cpu"]
+    assert found.device_of("layers.2.b") == "cpu"
+    assert found.device_of("head") is None
+
+
+def test_where_the_borders_are(two_cpus: object) -> None:
+    """Each module beside or below which another device begins, and none inside of what is wholly on one."""
+    module = Decoder(tied=False, depth=4)
+    parts = Parts(module, DeviceMap({"": "cpu", "layers.2": "cpu:1", "layers.3.up": "cpu:1"}))
+    paths = {id(inside): path for path, inside in module.named_modules()}
+    assert {paths[id(inside)]: device for inside, device in parts.borders()} == {
+        "embed": "cpu",
+        "layers.0": "cpu",
+        "layers.1": "cpu",
+        "layers.2": "cpu:1",
+        "layers.3": "cpu",
+        "layers.3.norm": "cpu",
+        "layers.3.attention": "cpu",
+        "layers.3.up": "cpu:1",
+        "layers.3.down": "cpu",
+        "norm": "cpu",
+        "head": "cpu",
+    }
+    second = parts.roots["cpu:1"]
+    assert [name for name, _ in second.named_parameters()] == parts.names["cpu:1"]
+    assert second.get_submodule("layers.2") is module.layers[2]
+    assert second.get_submodule("layers") is not module.layers
+    assert parts.roots["cpu"]._parameters is module._parameters
+
+
+def test_a_border_brings_positional_and_keyword_inputs_over() -> None:
+    module = nn.Bilinear(3, 3, 2, device="meta")
+    forward = BorderForward(module, torch.device("meta"))
+    forward.install()
+    assert module(torch.ones(1, 3), input2=torch.ones(1, 3)).is_meta
+    forward.remove()
+    assert "forward" not in module.__dict__
+
+
+def test_what_is_moved_is_moved_once_and_the_caller_keeps_his_own() -> None:
+    transformers = pytest.importorskip("transformers")
+    meta = torch.device("meta")
+    x, there = torch.ones(3), torch.ones(2, device="meta")
+    output = transformers.modeling_outputs.BaseModelOutput(last_hidden_state=x, hidden_states=(x, there))
+    named = torch.max(torch.ones(2, 2), 0)
+    value = {
+        "x": [x, (x, there, 5)],
+        "frozen": Frozen(x, "text"),
+        "output": output,
+        "named": Named(x, None),
+        "max": named,
+    }
+    found = moved(value, meta)
+    moved_x = found["x"][0]
+    assert moved_x.is_meta
+    assert found["x"][1][0] is found["frozen"].x is found["output"].last_hidden_state is found["named"].x is moved_x
+    assert found["output"]["hidden_states"][0] is moved_x
+    assert found["x"][1][1] is there
+    assert found["x"][1][2] == 5
+    assert [type(part) for part in found.values()] == [type(part) for part in value.values()]
+    assert found["max"].indices.is_meta
+    assert value["x"][0] is value["frozen"].x is output.last_hidden_state is output["last_hidden_state"] is x
+    for same_device in (value, found):
+        device = torch.device("cpu") if same_device is value else meta
+        assert moved(same_device, device) is same_device
 
 
 # ------------------------------------------------------------------------- memory that is given and taken back
