@@ -61,6 +61,10 @@ def view_of(producer: Any, *, stream: int | None = None) -> View:
 
 
 def _capsule_of(producer: Any, stream: int | None) -> Any:
+    # torch's negative bit is not in its memory, and its __dlpack__ refuses only the conjugate one (torch 2.9 to 2.13).
+    is_negative = getattr(producer, "is_neg", None)
+    if callable(is_negative) and is_negative():
+        raise AliasError("it is lazily negated, so its bytes have the other sign; pass x.resolve_neg()")
     kind = int(producer.__dlpack_device__()[0]) if hasattr(producer, "__dlpack_device__") else CPU
     # The standard wants stream=None for devices without streams, and some producers check it.
     arguments: dict[str, Any] = {"stream": stream} if kind == CUDA else {}

@@ -12,7 +12,7 @@ from typing import Any, Final, NoReturn
 import torch
 from torch import nn
 
-from ..errors import ClosedError, OffloadError, SpecError
+from ..errors import ClosedError, CudaError, HostMemoryError, OffloadError, RegistrationError, SpecError
 from ..lifetime import drain
 from ..planning import Plan
 from ..transfer import Link, measure_link
@@ -111,11 +111,14 @@ class OffloadHandle:
         with self._lock:
             stager = placed.stager
             stats = snapshot(None if stager is None else stager.ring.read_stats())
-            measured = None
+            measured, unmeasured = None, ""
             if link and stats.copies:
                 measured = _links.get(self.device)
                 if measured is None:
-                    measured = _links[self.device] = measure_link(placed.driver, nbytes=_LINK_NBYTES)
+                    try:
+                        measured = _links[self.device] = measure_link(placed.driver, nbytes=_LINK_NBYTES)
+                    except (HostMemoryError, RegistrationError, CudaError) as refused:
+                        unmeasured = str(refused)
             return Report(
                 device=self.device,
                 description=placed.driver.description,
@@ -125,6 +128,7 @@ class OffloadHandle:
                 device_nbytes=self._plan.device_nbytes,
                 stats=stats,
                 link=measured,
+                link_unmeasured=unmeasured,
                 mapped_home=placed.mapped,
                 pageable_because=placed.pageable_because,
                 adopted=() if stager is None else tuple(stager.adopted),

@@ -59,6 +59,16 @@ class GuardedApply:
         result = function(probe)
         if probe.device.type == "cpu" and probe.is_shared():  # type: ignore[no-untyped-call]
             raise OffloadError(f'"{name}" is offloaded, and this call would move it to shared memory; restore_() first')
+        if tensor.dim() in (4, 5):
+            shaped = torch.empty((2,) * tensor.dim(), dtype=tensor.dtype, device=tensor.device)
+            last = torch.channels_last if tensor.dim() == 4 else torch.channels_last_3d
+            if tensor.is_contiguous(memory_format=last) and not tensor.is_contiguous():
+                shaped = shaped.contiguous(memory_format=last)
+            if function(shaped).stride() != shaped.stride():
+                raise OffloadError(
+                    f'"{name}" is offloaded with strides {tensor.stride()}, and this call would change its memory '
+                    "format; restore_() first, then change it and offload again"
+                )
         if result.dtype != probe.dtype or result.device != probe.device:
             raise OffloadError(
                 f'"{name}" is offloaded as {probe.dtype} for {held.placed.driver.device}, and this call would '

@@ -18,6 +18,7 @@ from .loading import FromCheckpoint
 from .offloading import Offloading, Pageable
 from .sources import Weights, open_source
 from .split import SplitHandle
+from .watched import is_watched
 
 __all__ = ["offload_", "refuse_offloaded"]
 
@@ -188,4 +189,10 @@ def refuse_offloaded(module: nn.Module) -> None:
             raise OffloadError(
                 f'"{path or type(module).__name__}" is offloaded already, to {handle.device}; '
                 "restore_() that first, or offload the outer module once"
+            )
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if is_watched(tensor):
+            raise OffloadError(
+                f'"{name}" is a tensor of another module, too, which is offloaded; restore_() that first, or offload '
+                "one module that holds both"
             )

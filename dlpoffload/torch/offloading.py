@@ -12,7 +12,7 @@ from torch import nn
 
 from ..driver import Driver
 from ..errors import HostMemoryError, PlanError, RegistrationError
-from ..planning import CostModel, Plan, Policy, Unit, UnitTree, all_mapped, choose_units, plan
+from ..planning import CostModel, Plan, Policy, Unit, UnitTree, all_mapped, all_staged, choose_units, plan
 from .origin import Start
 from .placed import Former, Placed
 from .tree import Entry, collect, unit_tree
@@ -42,6 +42,8 @@ class Offloading:
             raise PlanError(f'pageable={self.pageable!r}; use "never", "if_refused" or "always"')
         if self.policy is all_mapped and (self.units is not None or self.slots is not None):
             raise PlanError("policy=all_mapped stages nothing, so units and slots have no effect; leave them out")
+        if self.policy in (all_mapped, all_staged) and self.cost is not None:
+            raise PlanError(f"policy={self.policy.__name__} weighs no costs, so cost has no effect; leave it out")
 
     def plan(
         self, module: nn.Module, *, pinned: bool, former: Sequence[Unit] = (), meta: bool = False

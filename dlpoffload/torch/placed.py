@@ -21,7 +21,7 @@ from .origin import Origin
 from .shells import real_of
 from .staging import StagedMember, StagedUnit, Stager, home_tensor
 from .subclasses import inner_tensors, rebuilt
-from .tensors import bytes_of, empty_bytes, overwrite, tensor_in, torch_device
+from .tensors import Place, bytes_of, empty_bytes, host_copy_of, overwrite, place_of, tensor_in, torch_device
 from .tree import Entry, Member, Outer
 from .watched import exchange_data, plain_data, unwatch, watch
 
@@ -38,13 +38,13 @@ class Former:
         By id of the tensor object, where each tensor was before it was offloaded at first.
     store : HostStore or None
         Where they are at home now. Slabs that stay what they are are taken over, and the store is let go of then.
-    homes : dict of str to list of int
+    homes : dict of str to list of Place
         For each entry, where its members' data is.
     """
 
     devices: dict[int, torch.device]
     store: HostStore | None
-    homes: dict[str, list[int]]
+    homes: dict[str, list[Place | None]]
 
 
 class Placed:
@@ -88,11 +88,11 @@ class Placed:
         self.store = self._allocate_store()
         self._before = former.devices if former is not None else {}
         if self.store is not None and former is not None and former.store is not None:
-            self.store.take_over(former.store, {e.name for e in entries if former.homes.get(e.name) == _addresses(e)})
+            self.store.take_over(former.store, {e.name for e in entries if former.homes.get(e.name) == _places(e)})
             former.store = None  # the slabs that remain live as long as tensors are at home in them
         self._former: dict[int, tuple[Entry, torch.device]] = {}
         self._relabelled: list[tuple[Outer, torch.Tensor]] = []
-        self._homes: dict[int, int] = {}  # where the data of each member that we moved is
+        self._homes: dict[int, Place] = {}  # where the data of each member that we moved is
         self._stayed: set[int] = set()  # entries that were at home there before
         try:
             # The ring first: what cannot run must fail before a weight has moved.
@@ -160,7 +160,7 @@ class Placed:
             for member in entry.members
             if self._is_ours(member)
         }
-        homes = {entry.name: [self._homes.get(id(m), 0) for m in entry.members] for entry in self.entries.values()}
+        homes = {entry.name: [self._homes.get(id(m)) for m in entry.members] for entry in self.entries.values()}
         return Former(devices, self.store, homes)
 
     def _place(self, entry: Entry) -> None:
@@ -173,7 +173,7 @@ class Placed:
         view = self._home_view(entry)
         homes = [home_tensor(view, member) for member in entry.members]
         pairs = list(zip(entry.members, homes, strict=True))
-        if _addresses(entry) != [home.data_ptr() for home in homes]:
+        if _places(entry) != [place_of(home) for home in homes]:
             host = from_dlpack(self.store.host_view(entry.name).view((entry.spec.nbytes,), "uint8"))
             for member in entry.members:
                 copy_span(member, host)
@@ -201,11 +201,11 @@ class Placed:
 
     def _point(self, member: Member, data: torch.Tensor) -> None:
         exchange_data(member.tensor, data)
-        self._homes[id(member)] = data.data_ptr()
+        self._homes[id(member)] = place_of(data)
 
     def _is_ours(self, member: Member) -> bool:
         """Whether a member has the bytes that we gave it, and not others that somebody put there (``.data =``)."""
-        return member.tensor.data_ptr() == self._homes.get(id(member))
+        return place_of(member.tensor) == self._homes.get(id(member))
 
     def _relabel(self) -> None:
         """Make tensors that wrap others anew where they name another device than what is inside is on now."""
@@ -288,7 +288,7 @@ class Placed:
             overwrite(member.tensor, tensor)
             return
         assert self.store is not None
-        source = tensor.detach().to("cpu")
+        source = host_copy_of(tensor)
         # Kernels enqueued before may still read the mapped bytes, on whatever stream the module was called.
         self.driver.synchronize()
         home_tensor(self.store.host_view(entry.name), member).copy_(source)
@@ -335,6 +335,8 @@ class Placed:
         for key, (entry, device) in reversed(list(self._former.items())):
             if any(self._is_ours(member) for member in entry.members):
                 self._restore(entry, empty_bytes(entry.spec.nbytes, device))
+            for member in entry.members:
+                self._take_out(member, device)
             del self._former[key]
         self._origin.rollback()
         self._homes.clear()
@@ -347,9 +349,15 @@ class Placed:
         for member in ours:
             exchange_data(member.tensor, tensor_in(flat, member.byte_offset, member.spec))
 
+    def _take_out(self, member: Member, device: torch.device) -> None:
+        """Copy a tensor that sees our bytes in another way than it was given them (``.data = .data.t()``)."""
+        home = self._homes.get(id(member))
+        if home is not None and member.tensor.data_ptr() == home[0]:
+            exchange_data(member.tensor, plain_data(member.tensor).to(device, copy=True))
 
-def _addresses(entry: Entry) -> list[int]:
-    return [member.tensor.data_ptr() for member in entry.members]
+
+def _places(entry: Entry) -> list[Place | None]:
+    return [place_of(member.tensor) for member in entry.members]
 
 
 def _put(outer: Outer, tensor: torch.Tensor) -> torch.Tensor:

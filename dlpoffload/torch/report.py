@@ -39,6 +39,8 @@ class Report:
         Copies, late copies, stalls and so on, counted since the module was offloaded.
     link : Link or None
         The link's own rate, measured in this process; None when it was not asked for.
+    link_unmeasured : str
+        Why it could not be measured: it takes 256 MiB on both sides.
     mapped_home : bool
         Whether staged tensors are the device's view of their host bytes between uses. Where the device cannot map
         host memory they are on the CPU then.
@@ -61,6 +63,7 @@ class Report:
     device_nbytes: int
     stats: TransferStats
     link: Link | None
+    link_unmeasured: str
     mapped_home: bool
     adopted: tuple[str, ...]
     replaced: tuple[str, ...]
@@ -97,6 +100,7 @@ class Report:
         rows.append(("host waits", str(stats.host_waits)))
         seldom: dict[str, Any] = {
             "asleep": "nothing is on the device until wake()" if self.asleep else "",
+            "link": f"not measured: {self.link_unmeasured}" if self.link_unmeasured else "",
             "invalidations": stats.invalidations,
             "write-backs": stats.write_backs,
             "adopted": ", ".join(self.adopted),

@@ -6,6 +6,7 @@ Home is the view over the unit's host bytes. So whatever happens outside a unit'
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import AliasError, SlotError
+from ..errors import AliasError, OffloadError, SlotError
 from ..slab import Slab
 from ..transfer import Lease, Prefetcher
 from ..view import View
@@ -23,7 +24,7 @@ from .compiling import border, uncompiled
 from .gradients import guard_outputs
 from .outputs import detached_from
 from .saved import saved_outside
-from .tensors import current_stream, tensor_in, tensor_over
+from .tensors import current_stream, host_copy_of, place_of, tensor_in, tensor_over
 from .tree import Member
 from .watched import exchange_data, is_noted, plain_data, was_read, written_as_data
 from .wrapped import WrappedForward
@@ -72,7 +73,7 @@ class StagedMember:
     @property
     def at_home(self) -> bool:
         """Whether the tensor has the bytes that we gave it between uses."""
-        return self.tensor.data_ptr() == self.home.data_ptr()
+        return place_of(self.tensor) == place_of(self.home)
 
     @property
     def written_unseen(self) -> bool:
@@ -100,6 +101,8 @@ class StagedUnit:
         Ids of its tensor objects, and of those that wrap them.
     active : list of Lease
         Of the calls that are inside the unit's forward now; the first one's slot is where the parameters point.
+    users : int
+        What referred to the slot before the parameters did.
     """
 
     name: str
@@ -108,6 +111,7 @@ class StagedUnit:
     members: list[StagedMember]
     slot_tensors: dict[int, list[torch.Tensor]] = field(default_factory=dict)
     active: list[Lease] = field(default_factory=list)
+    users: int = 0
     own: frozenset[int] = field(init=False)
     homes: list[torch.Tensor] = field(init=False)
 
@@ -126,7 +130,7 @@ class StagedUnit:
         for staged, put in zip(self.members, data, strict=True):
             tensor = staged.tensor
             if (
-                tensor.data_ptr() != put.data_ptr()
+                place_of(tensor) != place_of(put)
                 or staged.member.version != staged.version
                 or is_noted(tensor)
                 or staged.norms
@@ -164,6 +168,7 @@ class StagedForward(WrappedForward):
         if not self.installed:
             return self.inner(*args, **kwargs)
         lease = stager.enter(unit)
+        escaped = False
         try:
             if lease.slot is None:
                 output = self.inner(*args, **kwargs)
@@ -174,7 +179,13 @@ class StagedForward(WrappedForward):
                 output, found = detached_from(output, slot, unit.own)
                 stager.aliased_outputs += found
         finally:
-            stager.leave(unit, lease)
+            escaped = stager.leave(unit, lease)
+        if escaped:
+            raise AliasError(
+                f'something keeps a view of the weights of "{unit.name}" beyond its forward (an attribute, a list, an '
+                "object that is returned, the ctx of a Function); its bytes become another unit's. clone() what is "
+                "kept, use save_for_backward, or place that unit on the device"
+            )
         if torch.is_grad_enabled():
             guard_outputs(output, unit.named())
         return output
@@ -188,6 +199,7 @@ class Stager:
         self.ring = prefetcher.ring
         self.device = device
         self.slots = slots
+        self._storages = [slot.untyped_storage() for slot in slots]
         self.backward = BackwardStager(self.ring, slots, device)
         self.aliased_outputs = 0
         self.units: dict[str, StagedUnit] = {}
@@ -204,6 +216,11 @@ class Stager:
     @uncompiled
     def enter(self, unit: StagedUnit) -> Lease:
         """Stage a unit and point its tensors into the slot."""
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise OffloadError(
+                f'unit "{unit.name}" was called inside of a torch.func transform (grad, vmap, jvp), under which '
+                "parameters cannot be exchanged; use torch.autograd, or restore_() the module first"
+            )
         stream = current_stream(self.device)
         self.backward.recomputing()
         with self.lock:
@@ -214,23 +231,42 @@ class Stager:
                 self.look_over(unit)
                 lease = self.prefetcher.enter(unit.name, stream=stream)
                 if lease.slot is not None:
-                    unit.point(self._tensors(unit, lease.slot.index))
+                    tensors = self._tensors(unit, lease.slot.index)
+                    unit.users = self._users(lease)
+                    unit.point(tensors)
             unit.active.append(lease)
             return lease
 
     @uncompiled
-    def leave(self, unit: StagedUnit, lease: Lease) -> None:
-        """Point a unit's tensors back home, after its last caller has left it."""
+    def leave(self, unit: StagedUnit, lease: Lease) -> bool:
+        """Point a unit's tensors back home, after its last caller has left it.
+
+        Returns whether something still refers to the slot that did not before: a view that escaped.
+        """
         with self.lock:
             unit.active.remove(lease)
+            escaped = False
             try:
                 if lease.slot is None:
                     if any(staged.written_unseen for staged in unit.members):
                         self.ring.changed_on_stream(unit.name, stream=lease.stream)
                 elif not unit.active:
                     self._go_home(unit, lease)
+                    escaped = lease.sole and self._escaped(unit, lease)
             finally:
                 self.prefetcher.leave(lease)
+            return escaped
+
+    def _users(self, lease: Lease) -> int:
+        """How many tensors, and whatever else, refer to the memory of a lease's slot."""
+        assert lease.slot is not None
+        return int(torch._C._storage_Use_Count(self._storages[lease.slot.index]._cdata))
+
+    def _escaped(self, unit: StagedUnit, lease: Lease) -> bool:
+        if self._users(lease) <= unit.users:
+            return False
+        gc.collect()  # a cycle that the forward left behind keeps nothing that anybody can reach
+        return self._users(lease) > unit.users
 
     def _tensors(self, unit: StagedUnit, index: int) -> list[torch.Tensor]:
         tensors = unit.slot_tensors.get(index)
@@ -274,7 +310,7 @@ class Stager:
         written: list[StagedMember] = []
         foreign: list[tuple[StagedMember, torch.Tensor]] = []
         for staged, tensor in zip(unit.members, tensors, strict=True):
-            if staged.tensor.data_ptr() != tensor.data_ptr():
+            if place_of(staged.tensor) != place_of(tensor):
                 foreign.append((staged, plain_data(staged.tensor)))
             elif staged.was_written():
                 staged.version = staged.member.version
@@ -284,6 +320,8 @@ class Stager:
                 written.append(staged)
             exchange_data(staged.tensor, staged.home, forget=True)
         driver = self.ring.driver
+        if written:
+            lease.wait_for_readers()  # who wrote may have left already, on another stream
         for staged in written:
             # In stream order behind the write itself; a tensor that overlaps another brings the same bytes twice.
             with driver.current():
@@ -308,6 +346,12 @@ class Stager:
                     f'"{staged.member.name}" was offloaded as {staged.member.spec} and now holds a '
                     f"{tensor.dtype}{list(tensor.shape)}; restore_() the module before changing what its tensors are"
                 )
+            if tensor.stride() != staged.home.stride() and tensor.numel() > 1:
+                # Kernels choose other code for other strides, and the bits could differ from those of a resident one.
+                raise AliasError(
+                    f'"{staged.member.name}" was offloaded with strides {staged.home.stride()} and now has data with '
+                    f"{tensor.stride()}; call refresh_() on the handle after giving tensors other strides"
+                )
         origins = {id(staged): tensor.data_ptr() - staged.slab_offset for staged, tensor in foreign}
         for staged, _ in foreign:
             for other in unit.members:
@@ -320,7 +364,8 @@ class Stager:
         for staged, tensor in foreign:
             exchange_data(staged.tensor, staged.home)
             self._write(unit, staged, tensor)
-            self.adopted.append(staged.member.name)
+            if staged.member.name not in self.adopted:
+                self.adopted.append(staged.member.name)
 
     def write(self, unit: StagedUnit, member: Member, tensor: torch.Tensor) -> None:
         """Write a tensor's elements into the host bytes, after everything enqueued that reads them."""
@@ -331,7 +376,7 @@ class Stager:
             self._write(unit, next(staged for staged in unit.members if staged.member is member), tensor)
 
     def _write(self, unit: StagedUnit, staged: StagedMember, tensor: torch.Tensor) -> None:
-        source = tensor.detach().to("cpu")
+        source = host_copy_of(tensor)
         self.ring.driver.stream_synchronize(current_stream(self.device))
         self.ring.before_host_write(unit.name)
         home_tensor(unit.slab.host_view(staged.entry), staged.member).copy_(source)
@@ -379,3 +424,4 @@ class Stager:
             self.units.clear()
             self._unit_of.clear()
             self.slots.clear()
+            self._storages.clear()

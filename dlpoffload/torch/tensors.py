@@ -14,10 +14,13 @@ from ..spec import TensorSpec, dtype, dtype_names, format_nbytes
 from ..view import View
 
 __all__ = [
+    "Place",
     "bytes_of",
     "current_stream",
     "empty_bytes",
+    "host_copy_of",
     "overwrite",
+    "place_of",
     "spec_of",
     "tensor_in",
     "tensor_over",
@@ -144,6 +147,20 @@ def current_stream(device: torch.device) -> int:
 def version_of(tensor: torch.Tensor) -> int:
     """The counter that torch raises at every in-place write; inference tensors have none."""
     return -1 if tensor.is_inference() else tensor._version
+
+
+Place = tuple[int, torch.Size, tuple[int, ...], torch.dtype]
+"""Which bytes a tensor has, and how it sees them."""
+
+
+def place_of(tensor: torch.Tensor) -> Place:
+    """Address, shape, strides and dtype of a tensor: two that are equal have the very same elements."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def host_copy_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Copy a tensor to the CPU: never the tensor itself, which may share bytes with what it is written to."""
+    return tensor.detach().to("cpu", copy=True)
 
 
 def overwrite(target: torch.Tensor, source: torch.Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Final
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from .tensors import spec_of, version_of
 
 __all__ = ["INDIVISIBLE", "Entry", "Member", "Outer", "collect", "is_callable", "unit_tree"]
 
+_BOUNDARY: Final = 16
 INDIVISIBLE = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 """They hand the weights of their children to kernels and do not call the children, always or on their fast path."""
 
@@ -171,11 +173,12 @@ def _entry(group: list[Member]) -> Entry:
     if len(group) == 1:
         return Entry(first.name, first.spec, group)
     starts = [_place_of(member.tensor)[1] for member in group]
-    start = min(starts)
+    same = all(member.spec == first.spec for member in group) and len(set(starts)) == 1
+    # Each member where its dtype wants it: the entry begins on a boundary of all, as the allocation does.
+    start = min(starts) if same else min(starts) // _BOUNDARY * _BOUNDARY
     end = max(at + member.spec.nbytes for at, member in zip(starts, group, strict=True))
     for at, member in zip(starts, group, strict=True):
         member.byte_offset = at - start
-    same = all(member.spec == first.spec and member.byte_offset == 0 for member in group)
     return Entry(first.name, first.spec if same else TensorSpec((end - start,), "uint8"), group)
 
 

@@ -23,6 +23,7 @@ __all__ = [
     "exchange_data",
     "former_class",
     "is_noted",
+    "is_watched",
     "plain_data",
     "unwatch",
     "was_read",
@@ -86,7 +87,12 @@ class _Watched:
 
 @cache
 def _watched_class(kind: type) -> type:
-    return type(kind.__name__, (_Watched, kind), {"__module__": kind.__module__, "__qualname__": kind.__qualname__})
+    space = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    own = next(base.__dict__["__torch_function__"] for base in kind.__mro__ if "__torch_function__" in base.__dict__)
+    plain = (torch._C.TensorBase, torch.Tensor, nn.Parameter)
+    if not any(own is base.__dict__.get("__torch_function__") for base in plain):
+        space["__torch_function__"] = own  # it has a say in what is done with it
+    return type(kind.__name__, (_Watched, kind), space)
 
 
 def watch(tensor: torch.Tensor) -> None:
@@ -94,6 +100,11 @@ def watch(tensor: torch.Tensor) -> None:
     kind = type(tensor)
     tensor.__dict__[_FORMER] = kind
     tensor.__class__ = _watched_class(kind)
+
+
+def is_watched(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is one of an offloaded module."""
+    return _FORMER in tensor.__dict__
 
 
 def unwatch(tensor: torch.Tensor) -> None:

@@ -81,6 +81,20 @@ class Lease:
                     ring.driver.stream_wait_event(self.stream, event)
         self._waited = True
 
+    @property
+    def sole(self) -> bool:
+        """Whether nobody else leases the slot."""
+        return self._state is not None and self._state.leases == 1
+
+    def wait_for_readers(self) -> None:
+        """Make the lease's stream wait for those who used the slot on other streams, and have left."""
+        with self._ring._lock, self._ring.driver.current():
+            self._check()
+            readers = {} if self._state is None else self._state.readers
+            for stream, event in readers.items():
+                if stream != self.stream:
+                    self._ring.driver.stream_wait_event(self.stream, event)
+
     def share(self, stream: int | StreamLike) -> Lease:
         """Lease the same slot once more, for another reader of the unit on `stream`."""
         handle = stream_handle(stream)

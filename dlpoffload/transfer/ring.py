@@ -82,7 +82,8 @@ class SlotRing:
         self.slot_nbytes = aligned(max(1, *(slab.nbytes for slab in slabs.values())), ALIGNMENT)
         self.stats = TransferStats()
         # Without mapped memory there is nothing to run from but a slot.
-        self.when_full = when_full if self.driver.capabilities().map_host_memory else "error"
+        mapped = self.driver.capabilities().map_host_memory and all(s.buffer.pinned for s in self.slabs.values())
+        self.when_full = when_full if mapped else "error"
         self._lock = threading.RLock()
         self._uses = itertools.count(1)
         self._closed = False

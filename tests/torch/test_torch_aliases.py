@@ -1,0 +1,316 @@
+"""Views of weights in places where nobody expects them: right, or an error before anything is wrong."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from models import Tower, same  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from torch.nn import functional  # noqa: E402
+
+import dlpoffload as dlpo  # noqa: E402
+from dlpoffload.driver.cpu import CpuDriver  # noqa: E402
+from dlpoffload.errors import AliasError, OffloadError, PlanError  # noqa: E402
+from dlpoffload.planning import CostModel, all_mapped, all_staged  # noqa: E402
+from dlpoffload.torch import OffloadHandle, offload_  # noqa: E402
+
+WIDTH = 32
+POLICIES = {"staged": all_staged, "mapped": all_mapped}
+policies = pytest.mark.parametrize("policy", POLICIES)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(WIDTH, WIDTH) / 6)
+
+    def forward(self, x: Tensor) -> Any:
+        return torch.tanh(functional.linear(x, self.w))
+
+
+class Blocks(nn.Module):
+    def __init__(self, kind: Callable[[], nn.Module] = Block, depth: int = 5) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(kind() for _ in range(depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def pair(device: str, policy: str = "staged", kind: Callable[[], nn.Module] = Block) -> Any:
+    torch.manual_seed(2)
+    module = Blocks(kind).requires_grad_(False)
+    reference = copy.deepcopy(module).to(device)
+    units = {"units": ["layers.*"]} if policy == "staged" else {}
+    return module, reference, offload_(module, "1MiB", device=device, policy=POLICIES[policy], **units)
+
+
+def vector(seed: int, device: str) -> Tensor:
+    return torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+def check(module: nn.Module, reference: nn.Module, device: str) -> None:
+    with torch.no_grad():
+        for seed in range(3):
+            assert same(module(vector(seed, device)), reference(vector(seed, device)))
+
+
+# --------------------------------------------------------------------------------- the same bytes, seen otherwise
+
+
+@policies
+@pytest.mark.parametrize("then", ["run", "restore", "copy", "refresh"])
+def test_data_that_is_the_same_bytes_in_other_strides(device: str, policy: str, then: str) -> None:
+    module, reference, handle = pair(device, policy)
+    check(module, reference, device)
+    for model in (module, reference):
+        weight = model.layers[2].w
+        weight.data = weight.data.t()
+    if then == "restore":
+        handle.restore_()
+        module.to(device)
+    elif then == "copy":
+        module = copy.deepcopy(module)
+    elif then == "refresh":
+        handle.refresh_()
+    if (policy, then) == ("staged", "run"):  # kernels choose other code for other strides: other bits
+        with torch.no_grad(), pytest.raises(AliasError, match=r"strides .*refresh_\(\)"):
+            module(vector(0, device))
+        handle.refresh_()
+    check(module, reference, device)
+    if then == "run":
+        handle.restore_()
+        check(module.to(device), reference, device)
+
+
+def test_data_of_another_shape_or_dtype_is_refused(device: str) -> None:
+    for change in (lambda t: t[:8], lambda t: t.view(torch.int32)):
+        module, _reference, _handle = pair(device)
+        module.layers[2].w.data = change(module.layers[2].w.data)
+        with torch.no_grad(), pytest.raises(AliasError, match=r'"layers\.2\.w" was offloaded as'):
+            module(vector(0, device))
+
+
+def test_turned_inside_of_a_forward(device: str) -> None:
+    class Turning(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            self.w.data = self.w.data.t()
+            return y
+
+    module, _reference, _handle = pair(device, kind=Turning)
+    with torch.no_grad(), pytest.raises(AliasError, match="strides"):
+        module(vector(0, device))
+
+
+@policies
+def test_an_update_from_the_tensor_itself(device: str, policy: str) -> None:
+    module, reference, handle = pair(device, policy)
+    with torch.no_grad():
+        reference.layers[2].w.copy_(reference.layers[2].w.t().clone())
+    handle.update("layers.2.w", module.layers[2].w.t())
+    check(module, reference, device)
+
+
+# ------------------------------------------------------------------------------------------- views that escape
+
+
+class Caching(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        if not hasattr(self, "turned"):
+            self.turned = self.w.t()
+        return torch.tanh(x @ self.turned)
+
+
+KEPT: list[Any] = []
+
+
+class Listing(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        KEPT.append(self.w[0])
+        return super().forward(x)
+
+
+class Boxing(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        KEPT.append(type("Box", (), {"rows": self.w[:2]})())
+        return super().forward(x)
+
+
+class Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, turned: Tensor) -> Tensor:
+        ctx.turned = turned
+        return x @ turned
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return gradient @ ctx.turned.t(), None
+
+
+class OnContext(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(Product.apply(x, self.w.t()))
+
+
+@pytest.mark.parametrize("kind", [Caching, Listing, Boxing, OnContext], ids=lambda kind: kind.__name__)
+def test_a_view_that_outlives_its_unit_is_an_error(device: str, kind: type[nn.Module]) -> None:
+    module, reference, handle = pair(device, kind=kind)
+    x = vector(0, device).requires_grad_()
+    try:
+        with pytest.raises(AliasError, match=r'keeps a view of the weights of "layers\.0"'):
+            module(x)
+    finally:
+        KEPT.clear()
+    handle.restore_()
+    module.layers[0].__dict__.pop("turned", None)
+    check(module.to(device), reference, device)
+    KEPT.clear()
+
+
+def test_what_is_cloned_may_be_kept(device: str) -> None:
+    class Cloning(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            KEPT.append(self.w[0].clone())
+            KEPT.append(self.w.sum())
+            return super().forward(x)
+
+    module, reference, handle = pair(device, kind=Cloning)
+    check(module, reference, device)
+    KEPT.clear()
+    assert handle.report(link=False).stats.mapped_runs == 0
+
+
+def test_garbage_in_cycles_is_no_escape(device: str) -> None:
+    class Cyclic(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            cycle: list[Any] = [self.w.t()]
+            cycle.append(cycle)
+            return super().forward(x)
+
+    module, reference, _handle = pair(device, kind=Cyclic)
+    check(module, reference, device)
+
+
+# ------------------------------------------------------------------------------------- classes and transforms
+
+
+class Doubling(nn.Parameter):
+    """A Parameter with a say in what is done with it, as those of quantised formats are."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+        return result * 2 if func is functional.linear else result
+
+
+@policies
+def test_a_class_with_a_say_of_its_own(device: str, policy: str) -> None:
+    torch.manual_seed(0)
+    module = Blocks()
+    for layer in module.layers:
+        layer.w = Doubling(layer.w.detach().clone(), requires_grad=False)
+    reference = [layer.w.detach().clone().to(device) for layer in module.layers]
+    units = {"units": ["layers.*"]} if policy == "staged" else {}
+    offload_(module, "1MiB", device=device, policy=POLICIES[policy], **units)
+    x = y = vector(0, device)
+    for weight in reference:
+        y = torch.tanh(functional.linear(y, weight) * 2)
+    with torch.no_grad():
+        assert same(module(x), y)
+
+
+def test_transforms_of_torch_func_are_refused_before_anything_moved(device: str) -> None:
+    module, reference, handle = pair(device)
+    x = vector(0, device)
+    for call in (
+        lambda: torch.func.grad(lambda v: module(v).sum())(x),
+        lambda: torch.func.vmap(module)(x),
+        lambda: torch.func.jvp(module, (x,), (x,)),
+    ):
+        with pytest.raises(OffloadError, match=r"torch\.func"):
+            call()
+        check(module, reference, device)
+    assert all(torch.isfinite(value).all() for value in module.state_dict().values())
+    handle.restore_()
+
+
+# ------------------------------------------------------------------------------------------ refused, and said
+
+
+def test_a_parameter_of_two_offloaded_modules(device: str) -> None:
+    module, reference, _handle = pair(device)
+    other = Blocks(depth=2)
+    other.layers[0].w = module.layers[1].w
+    with pytest.raises(OffloadError, match=r'"layers\.0\.w" is a tensor of another module'):
+        offload_(other, "1MiB", device=device, policy=all_mapped)
+    assert OffloadHandle.of(other) is None
+    check(module, reference, device)
+
+
+def test_another_memory_format_is_refused(device: str) -> None:
+    module = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 4, 3))
+    offload_(module, 0, device=device, policy=all_mapped)
+    with pytest.raises(OffloadError, match="memory format"):
+        module.to(memory_format=torch.channels_last)
+    turned = nn.Sequential(nn.Conv2d(4, 8, 3)).to(memory_format=torch.channels_last)
+    offload_(turned, 0, device=device, policy=all_mapped)
+    turned.to(memory_format=torch.channels_last)  # what it has already
+
+
+@policies
+def test_costs_without_an_effect(device: str, policy: str) -> None:
+    with pytest.raises(PlanError, match="cost has no effect"):
+        offload_(Tower(3), "1MiB", device=device, policy=POLICIES[policy], cost=CostModel())
+
+
+def test_a_report_where_the_link_cannot_be_measured(cpu_driver: Callable[..., CpuDriver]) -> None:
+    cpu_driver(host_limit_nbytes=1024)
+    module = Blocks()
+    handle = offload_(module, "1MiB", device="cpu", pageable="if_refused", policy=all_staged, units=["layers.*"])
+    with torch.no_grad():
+        module(vector(0, "cpu"))
+    from dlpoffload.torch import handle as handle_module
+
+    handle_module._links.clear()
+    report = handle.report()
+    assert report.link is None
+    assert "not measured" in str(report)
+    assert report.pageable_nbytes > 0
+
+
+def test_units_over_pageable_memory_are_never_mapped(device: str) -> None:
+    specs = {name: dlpo.TensorSpec((64,), "float32") for name in "ab"}
+    with (
+        dlpo.HostStore.allocate(specs, units={n: (n,) for n in "ab"}, device=device, pinned=False) as store,
+        dlpo.SlotRing({n: store.slab(n) for n in "ab"}, slots=1, device=device) as ring,
+    ):
+        assert ring.when_full == "error"
+
+
+def test_a_negated_tensor_is_no_view() -> None:
+    imaginary = torch.tensor([1 + 2j, 3 - 4j]).conj().imag
+    assert imaginary.is_neg()
+    with pytest.raises(AliasError, match="resolve_neg"):
+        dlpo.view_of(imaginary)
+
+
+def test_tensors_that_share_bytes_off_each_others_alignment(device: str) -> None:
+    module = nn.Module()
+    flat = torch.arange(64, dtype=torch.uint8)
+    module.register_buffer("bytes", flat[1:33])
+    module.register_buffer("floats", flat[4:20].view(torch.float32))
+    wanted = {name: tensor.clone() for name, tensor in module.named_buffers()}
+    handle = offload_(module, 0, device=device, policy=all_mapped)
+    assert all(same(tensor.cpu(), wanted[name]) for name, tensor in module.named_buffers())
+    handle.restore_()
+    assert all(same(tensor, wanted[name]) for name, tensor in module.named_buffers())
