@@ -12,7 +12,7 @@ from ..driver import Driver, open_driver
 from ..errors import PlanError
 from ..planning import matches_path
 from .shells import shell_tree
-from .tree import INDIVISIBLE, Entry, collect
+from .tree import INDIVISIBLE, Entry, collect, is_callable
 
 __all__ = ["Budgets", "Device", "DeviceMap", "Parts", "by_device"]
 
@@ -127,6 +127,8 @@ class Parts:
         For each device the tree of what is on it; see `shells`.
     device_of_tensor : dict of int to str
         By id of the tensor object.
+    device_of_name : dict of str to str
+        By every qualified name; those that wrap others, and what is inside of them.
 
     Raises
     ------
@@ -142,6 +144,7 @@ class Parts:
         self.root = root
         self.names: dict[str, list[str]] = {device: [] for device in device_map.drivers}
         self.device_of_tensor: dict[int, str] = {}
+        self.device_of_name: dict[str, str] = {}
         self._own: dict[int, str] = {}
         nbytes = dict.fromkeys(self.names, 0)
         for entry in collect(root):
@@ -150,7 +153,11 @@ class Parts:
             nbytes[device] += entry.spec.nbytes
             for member in entry.members:
                 self.device_of_tensor[id(member.tensor)] = device
-                self._own.update((id(module), device) for module, _ in member.names.values())
+                for name, (module, attribute) in member.names.items():
+                    self._own[id(module)] = device
+                    self.device_of_name[name] = device
+                    outside = attribute.split(".")[0]
+                    self.device_of_name[name.removesuffix(attribute) + outside] = device
         empty = [device for device in nbytes if not nbytes[device]]
         if empty:
             raise PlanError(
@@ -200,7 +207,7 @@ class Parts:
         for child in inside.values():
             below = self._below[id(child)]
             device = next(iter(below)) if len(below) == 1 else self._map.device_of(self._paths[id(child)])
-            if below and device is not None:
+            if below and device is not None and is_callable(child):
                 yield child, device
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -206,10 +207,6 @@ class OffloadHandle:
         if placed.stager is not None:
             placed.stager.changed(entry.name, member, current_stream(placed.device))
 
-    def has(self, name: str) -> bool:
-        """Whether a tensor of that name was offloaded."""
-        return name in self._names or bool(self._parts(name))
-
     def _tensor(self, name: str) -> tuple[Entry, Member, torch.Tensor]:
         """What was offloaded under a name, and the tensor that is there now."""
         found = self._names.get(name)
@@ -339,9 +336,12 @@ class OffloadHandle:
         self._restored = True
         try:
             placed = self._offloading.move(former, decided)
-        except BaseException:
-            # What had not moved yet is at home still, so this takes what was there before, and no more.
-            placed = self._offloading.move(former, former.plan)
+        except BaseException as error:
+            # What had not moved yet is at home still, so this takes what was there before, and no more: once what was
+            # allocated on the way is let go of.
+            traceback.clear_frames(error.__traceback__)
+            drain()
+            placed = self._offloading.move(former, former.plan, back=True)
             self._install(placed, asleep=self.asleep)
             self._restored = False
             raise

@@ -113,10 +113,15 @@ class Offloading:
                 placed.pageable_because = str(refused)
                 return placed
 
-    def move(self, former: Placed, decided: Plan) -> Placed:
-        """Place a module by another plan, in memory of the same kind, after `former` was retired."""
-        module = former.module
-        placed = Placed(module, collect(module), decided, self.driver, pinned=former.pinned, former=former.former())
+    def move(self, former: Placed, decided: Plan, *, back: bool = False) -> Placed:
+        """Place a module by another plan, in memory of the same kind, after `former` was retired.
+
+        `back` to the former plan, after another was refused: slabs that were left by then are given up first.
+        """
+        module, record = former.module, former.former()
+        if back:
+            former.store = None
+        placed = Placed(module, collect(module), decided, self.driver, pinned=former.pinned, former=record)
         placed.pageable_because = former.pageable_because
         return placed
 

@@ -124,12 +124,12 @@ class SplitHandle:
             self._with(name).changed(name)
 
     def _with(self, name: str) -> OffloadHandle:
-        for handle in self._open():
-            if handle.has(name):
-                return handle
-        known = [known for names in self._parts.names.values() for known in names]
-        near = ", ".join(f'"{known}"' for known in known[:4])
-        raise SpecError(f'no parameter or buffer "{name}" among the {len(known)} of this module, such as {near}')
+        self._open()
+        known = self._parts.device_of_name
+        if name not in known:
+            near = ", ".join(f'"{other}"' for other in list(known)[:4])
+            raise SpecError(f'no parameter or buffer "{name}" among the {len(known)} of this module, such as {near}')
+        return self._handles[known[name]]
 
     # ----------------------------------------------------------------------------------- the module
     def refresh_(self) -> None:

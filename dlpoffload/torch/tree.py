@@ -16,7 +16,7 @@ from .shells import real_of
 from .subclasses import inner_tensors, wraps_others
 from .tensors import spec_of, version_of
 
-__all__ = ["INDIVISIBLE", "Entry", "Member", "Outer", "collect", "unit_tree"]
+__all__ = ["INDIVISIBLE", "Entry", "Member", "Outer", "collect", "is_callable", "unit_tree"]
 
 _BOUNDARY: Final = 16
 INDIVISIBLE = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
@@ -215,7 +215,7 @@ def unit_tree(root: nn.Module, entries: list[Entry]) -> UnitTree:
             children=() if path in whole else children,
             repeated=isinstance(real, nn.ModuleList | nn.Sequential | nn.ModuleDict),
             kind=type(real).__name__,
-            callable=real is module and _is_callable(module),
+            callable=real is module and is_callable(module),
         )
 
     if not entries:
@@ -223,7 +223,7 @@ def unit_tree(root: nn.Module, entries: list[Entry]) -> UnitTree:
     return node(root, "")
 
 
-def _is_callable(module: nn.Module) -> bool:
+def is_callable(module: nn.Module) -> bool:
     """Whether the module has a forward of its own: a ModuleList has none."""
     unimplemented = getattr(nn.modules.module, "_forward_unimplemented", None)
     return type(module).forward is not unimplemented

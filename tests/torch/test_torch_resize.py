@@ -15,7 +15,14 @@ from models import CASES, Case, Tower, assert_same, distinct_nbytes, run, same, 
 from torch import Tensor, nn  # noqa: E402
 
 from dlpoffload import lifetime, live_buffers  # noqa: E402
-from dlpoffload.errors import ClosedError, OffloadError, PlanError, SlotError, SpecError  # noqa: E402
+from dlpoffload.errors import (  # noqa: E402
+    ClosedError,
+    HostMemoryError,
+    OffloadError,
+    PlanError,
+    SlotError,
+    SpecError,
+)
 from dlpoffload.planning import Placement  # noqa: E402
 from dlpoffload.torch import OffloadHandle, offload_  # noqa: E402
 from dlpoffload.torch import placed as placed_module  # noqa: E402
@@ -284,3 +291,41 @@ def test_subclasses_of_tensors_sleep_too(device: str) -> None:
         handle.resize_("60KiB")
     with torch.no_grad():
         assert same(module(vector(0, device)), reference(vector(0, device)))
+
+
+@pytest.mark.parametrize("act", ["sleep", "resize", "wake"])
+def test_a_host_without_a_page_to_spare(
+    act: str, cpu_driver: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The way back needs no more pinned memory than there was: what was tried is let go of before."""
+    cpu_driver(host_limit_nbytes=4 * 40960 if act != "wake" else 8 * 40960)  # in whole pages, of 37440 bytes a layer
+    module, reference, handle = tower("cpu", 4 * 37632 + 2 * 37632)
+    assert len(handle.plan.streamed_units) == 4
+    before, used = handle.plan, pinned_nbytes()
+    if act == "wake":
+        handle.sleep()
+        asleep = handle.plan
+        left = 2 + 4 * 2  # the ring and two layers find room on the device
+
+        def refusing(nbytes: int, where: Any) -> Tensor:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise MemoryError("refused")
+            return empty_bytes(nbytes, where)
+
+        empty_bytes = placed_module.empty_bytes
+        with monkeypatch.context() as patch:
+            patch.setattr(placed_module, "empty_bytes", refusing)
+            with pytest.raises(MemoryError):
+                handle.wake()
+        assert handle.asleep
+        assert handle.plan == asleep
+        handle.wake()
+    else:
+        with pytest.raises(HostMemoryError):
+            handle.sleep() if act == "sleep" else handle.resize_(3 * 37632)
+        assert not handle.asleep
+    assert handle.plan == before
+    assert pinned_nbytes() == used
+    check(module, reference, "cpu")
