@@ -15,7 +15,7 @@ from .saved import Staged
 from .tensors import current_stream
 
 if TYPE_CHECKING:
-    from .staging import StagedUnit
+    from .units import StagedUnit
 
 __all__ = ["BackwardStager"]
 

@@ -22,9 +22,9 @@ from .matching import Load, matched
 from .meta import realise, unrealise
 from .origin import Origin, Units
 from .sources import Slabs, Source
-from .staging import home_tensor
 from .tensors import empty_bytes, tensor_in
 from .tree import Entry, Member
+from .units import home_tensor
 from .watched import exchange_data, plain_data
 
 if TYPE_CHECKING:

@@ -18,7 +18,8 @@ from .wrapped import LeftOut
 
 if TYPE_CHECKING:
     from .placed import Placed
-    from .staging import StagedMember, StagedUnit, Stager
+    from .staging import Stager
+    from .units import StagedMember, StagedUnit
 
 __all__ = ["CopiedOut", "copy_out", "guard_loading", "host_facts", "move_out", "move_written"]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -21,34 +20,16 @@ from ..view import View
 from .guarded import guard
 from .mapping import slot_nbytes
 from .moved import copied_out, copy_out
-from .origin import Origin
+from .origin import Former, Origin
 from .shells import real_of
-from .staging import StagedMember, StagedUnit, Stager, home_tensor
+from .staging import Stager
 from .subclasses import inner_tensors, rebuilt
 from .tensors import Place, bytes_of, empty_bytes, host_copy_of, overwrite, place_of, tensor_in, torch_device
 from .tree import Entry, Member, Outer
+from .units import StagedMember, StagedUnit, home_tensor
 from .watched import exchange_data, plain_data, unwatch, watch
 
-__all__ = ["Former", "Placed", "copy_span"]
-
-
-@dataclass(eq=False, slots=True)
-class Former:
-    """What a module that is placed anew was before.
-
-    Attributes
-    ----------
-    devices : dict of int to torch.device
-        By id of the tensor object, where each tensor was before it was offloaded at first.
-    store : HostStore or None
-        Where they are at home now. Slabs that stay what they are are taken over, and the store is let go of then.
-    homes : dict of str to list of Place
-        For each entry, where its members' data is.
-    """
-
-    devices: dict[int, torch.device]
-    store: HostStore | None
-    homes: dict[str, list[Place | None]]
+__all__ = ["Placed", "copy_span"]
 
 
 class Placed:

@@ -15,7 +15,8 @@ from .subclasses import inner_at, rebuilt
 from .wrapped import LeftOut
 
 if TYPE_CHECKING:
-    from .staging import StagedMember, StagedUnit, Stager
+    from .staging import Stager
+    from .units import StagedMember, StagedUnit
 
 __all__ = ["guard_state_dicts"]
 
