@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import torch
@@ -11,14 +12,34 @@ from torch import nn
 from ..planning import Plan
 from ..spec import TensorSpec
 from ..store import HostStore
+from .tensors import Place
 from .tree import Entry
 
 if TYPE_CHECKING:
     from .placed import Placed
 
-__all__ = ["Origin", "Start", "Units"]
+__all__ = ["Former", "Origin", "Start", "Units"]
 
 Units: TypeAlias = Mapping[str, tuple[str, ...]]
+
+
+@dataclass(eq=False, slots=True)
+class Former:
+    """What a module that is placed anew was before.
+
+    Attributes
+    ----------
+    devices : dict of int to torch.device
+        By id of the tensor object, where each tensor was before it was offloaded at first.
+    store : HostStore or None
+        Where they are at home now. Slabs that stay what they are are taken over, and the store is let go of then.
+    homes : dict of str to list of Place
+        For each entry, where its members' data is.
+    """
+
+    devices: dict[int, torch.device]
+    store: HostStore | None
+    homes: dict[str, list[Place | None]]
 
 
 class Origin:
