@@ -353,10 +353,12 @@ class Placed:
         """
         self.retire()
         for key, (entry, device) in reversed(list(self._former.items())):
-            if key not in self._stayed and any(self._is_ours(member) for member in entry.members):
-                self._restore(entry, empty_bytes(entry.spec.nbytes, device))
-            for member in entry.members:
-                self._take_out(member, device)
+            if key not in self._stayed:
+                others = [member for member in entry.members if not self._is_ours(member)]
+                if len(others) < len(entry.members):
+                    self._restore(entry, empty_bytes(entry.spec.nbytes, device))
+                for member in others:
+                    self._take_out(member, device)
             del self._former[key]
         self._origin.rollback()
         self._homes.clear()

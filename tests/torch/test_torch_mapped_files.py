@@ -193,7 +193,8 @@ def test_no_second_copy(device: str, tmp_path: Path) -> None:
 
 def child(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     here = Path(__file__).parent
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(here), str(here.parents[1])))}
+    package = Path(memory.__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(here), str(package)))}
     return subprocess.run(
         [sys.executable, "-c", code, *arguments],
         env=environment,
