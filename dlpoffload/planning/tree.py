@@ -29,7 +29,7 @@ class UnitTree:
         A container of like elements: a ``ModuleList``, a ``Sequential``, a stack.
     kind : str
         Class name. Elements of one kind with equal specs are homogeneous; a leaf whose kind contains
-        "Embedding" is gathered.
+        "Embedding", and that holds a matrix, is gathered.
     callable : bool
         Its forward is called, so it can be entered and left as a unit; that of a ``ModuleList`` is not.
     """
@@ -49,8 +49,12 @@ class UnitTree:
 
     @property
     def is_gathered(self) -> bool:
-        """An embedding table, of which a step reads a few rows."""
-        return not self.children and "embedding" in self.kind.lower()
+        """An embedding table, of which a step reads a few rows.
+
+        A matrix: the frequencies of a ``RotaryEmbedding`` are read whole.
+        """
+        named = not self.children and "embedding" in self.kind.lower()
+        return named and any(len(spec.shape) > 1 for spec in self.tensors.values())
 
     def specs(self) -> dict[str, TensorSpec]:
         """All tensors of the subtree in its order.

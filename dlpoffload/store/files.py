@@ -99,8 +99,9 @@ def file_homes(
     units: Mapping[str, Sequence[str]],
     memory: Memory,
     progress: Progress | None = None,
+    names: Mapping[str, str] | None = None,
 ) -> FileHomes:
-    """Cut a checkpoint into chunks, none mapped yet.
+    """Cut a checkpoint into chunks, none mapped yet; `names` says which of its tensors, and what each is to be called.
 
     Raises
     ------
@@ -113,9 +114,15 @@ def file_homes(
     driver, told = open_driver(memory.device), Told(progress)
     found = FileHomes([], {}, {})
     for shard in checkpoint.shards():
+        extents = [
+            _Extent(name if names is None else names[name], stored.byte_offset, stored.nbytes)
+            for name, stored in shard.tensors.items()
+            if names is None or name in names
+        ]
+        if names is not None and not extents:
+            continue
         check_mappable(driver, shard.path)
         watch = shard.watch()
-        extents = [_Extent(name, stored.byte_offset, stored.nbytes) for name, stored in shard.tensors.items()]
         full = [extent for extent in extents if extent.nbytes]
         # A file of empty tensors still gives them an address: that of its header.
         chunks = list(_chunks(full, unit_of))
@@ -146,7 +153,9 @@ def _chunks(extents: Sequence[_Extent], unit_of: Mapping[str, str]) -> Iterator[
                 yield chunk
                 chunk = _Chunk()
             for extent in part:
-                if chunk.extents and extent.end - chunk.start > MAX_REGISTRATION:
+                # What is not asked for is not pinned either.
+                far = chunk.extents and extent.start - chunk.end > GAP_NBYTES
+                if far or (chunk.extents and extent.end - chunk.start > MAX_REGISTRATION):
                     yield chunk
                     chunk = _Chunk()
                 chunk.extents.append(extent)
@@ -175,7 +184,7 @@ def mapped_contents(
     specs = checkpoint.specs
     found = file_homes(checkpoint, units, memory, progress)
     check_fits(checkpoint.path, found, specs, wanted, device_views)
-    of_unit = {unit: unit_region(names, specs, found) for unit, names in units.items()}
+    of_unit = {unit: unit_region(names, specs, found.homes, found.of_name) for unit, names in units.items()}
     return Contents(specs, found.homes, found.of_name, of_unit)
 
 
@@ -220,32 +229,43 @@ def unaligned(name: str, byte_offset: int) -> str:
     )
 
 
-def unit_region(names: Sequence[str], specs: Mapping[str, TensorSpec], found: FileHomes) -> Region:
-    """Lay a unit out in its slot as it lies in its files."""
-    order = {id(home): index for index, home in enumerate(found.homes)}
+def unit_region(
+    names: Sequence[str],
+    specs: Mapping[str, TensorSpec],
+    homes: Sequence[Home],
+    of_name: Mapping[str, tuple[Home, int]],
+    gap_nbytes: int = GAP_NBYTES,
+) -> Region:
+    """Lay a unit out in its slot as it lies in its files, gaps of that size included; what lies in memory is last."""
+    order = {id(home): index for index, home in enumerate(homes)}
+    full = [name for name in names if specs[name].nbytes]
     placed = sorted(
-        (order[id(found.of_name[name][0])], found.file_offsets[name], specs[name].nbytes, name)
-        for name in names
-        if specs[name].nbytes
+        (order[id(home)], home.file_offset + byte_offset, specs[name].nbytes, name)
+        for name, (home, byte_offset) in ((name, of_name[name]) for name in full)
+        if home.in_file
     )
     byte_offsets = dict.fromkeys(names, 0)
     end = 0
-    for run in _runs(placed):
+    for run in _runs(placed, gap_nbytes):
         shift = _shift(run)
         base = aligned(end) + (run[0].start - shift) % ALIGNMENT - run[0].start
         for extent in run:
             byte_offsets[extent.name] = base + extent.start
             end = base + extent.end
+    for name in full:
+        if not of_name[name][0].in_file:
+            byte_offsets[name] = aligned(end)
+            end = byte_offsets[name] + specs[name].nbytes
     return Region({name: specs[name] for name in names}, byte_offsets, end)
 
 
-def _runs(placed: Sequence[tuple[int, int, int, str]]) -> Iterator[list[_Extent]]:
+def _runs(placed: Sequence[tuple[int, int, int, str]], gap_nbytes: int) -> Iterator[list[_Extent]]:
     """Tensors that one copy moves: near to each other in one chunk, and apart by whole 16 bytes."""
     run: list[_Extent] = []
     of = -1
     for home, start, nbytes, name in placed:
         extent = _Extent(name, start, nbytes)
-        near = run and home == of and extent.start - run[-1].end <= GAP_NBYTES
+        near = run and home == of and extent.start - run[-1].end <= gap_nbytes
         if run and not (near and (extent.start - run[0].start) % KERNEL_ALIGNMENT == 0):
             yield run
             run = []

@@ -100,6 +100,11 @@ class Memory:
             return HostBuffer.allocate(nbytes, device=self.device, pinned=False)
 
 
+def allocated(memory: Memory, nbytes: int) -> tuple[HostBuffer, int]:
+    """A buffer for one home, which starts where the buffer does."""
+    return memory.allocate(nbytes), 0
+
+
 def _made(memory: Memory, nbytes: int, byte_offsets: Mapping[str, int], fill: Fill | None) -> tuple[HostBuffer, int]:
     buffer = memory.allocate(nbytes)
     if fill is not None:

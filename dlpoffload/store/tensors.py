@@ -204,6 +204,10 @@ class StoredTensors:
             self._check_open()
             return region.slab(self._of_name)
 
+    def slot_nbytes(self, unit: str) -> int:
+        """Bytes of a slot that holds a unit; nothing is allocated for the answer."""
+        return self._region(unit).nbytes
+
     def _region(self, unit: str) -> Region:
         region = self._of_unit.get(unit)
         if region is None:

@@ -15,7 +15,7 @@ from .saved import Staged
 from .tensors import current_stream
 
 if TYPE_CHECKING:
-    from .staging import StagedUnit
+    from .units import StagedUnit
 
 __all__ = ["BackwardStager"]
 
@@ -125,15 +125,18 @@ class BackwardStager:
         shift = saved.byte_offset % ALIGNMENT
         flat = torch.empty(shift + saved.nbytes, dtype=torch.uint8, device=self._device)
         ring, unit, stream = self._ring, saved.unit, current_stream(self._device)
-        target, source = flat.data_ptr() + shift, unit.slab.host_pointer + saved.byte_offset
+        target = flat.data_ptr() + shift - saved.byte_offset
+        copies = unit.slab.copies(saved.byte_offset, saved.nbytes)
         if ring.closed:
-            ring.driver.copy(target, source, saved.nbytes)
+            for start, source, nbytes in copies:
+                ring.driver.copy(target + start, source, nbytes)
             return saved.inside(flat, shift)
         lease = ring.host_lease(unit.name, stream=stream)
         try:
             lease.wait()
             with ring.driver.current():
-                ring.driver.copy_async(target, source, saved.nbytes, stream)
+                for start, source, nbytes in copies:
+                    ring.driver.copy_async(target + start, source, nbytes, stream)
         finally:
             lease.release()
         return saved.inside(flat, shift)

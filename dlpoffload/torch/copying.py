@@ -60,9 +60,10 @@ def _without_ours(copied: nn.Module) -> nn.Module:
             module.__dict__["forward"] = found
         if "forward" in module.__dict__ and found is None:
             del module.__dict__["forward"]
-        hooks = module._state_dict_hooks
-        for key in [key for key, hook in hooks.items() if isinstance(hook, LeftOut)]:
-            del hooks[key]
+        tables: tuple[dict[int, Any], ...] = (module._state_dict_hooks, module._load_state_dict_pre_hooks)
+        for hooks in tables:  # torch wraps those of the second kind
+            for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "hook", hook), LeftOut)]:
+                del hooks[key]
     return copied
 
 

@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Final, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -15,21 +15,18 @@ from torch import nn
 from ..errors import ClosedError, CudaError, HostMemoryError, OffloadError, RegistrationError, SpecError
 from ..lifetime import drain
 from ..planning import Plan
-from ..transfer import Link, measure_link
 from .copying import DeepCopy, refuse_copy, refuse_pickle
 from .installed import Installed, handle_of
+from .moved import copy_out, host_facts
 from .offloading import Offloading
 from .origin import Start
 from .placed import Placed
-from .report import Report, snapshot
+from .report import Report, link_of, snapshot
 from .subclasses import find, inner_tensors, wraps_others
 from .tensors import current_stream, overwrite
 from .tree import Entry, Member
 
 __all__ = ["OffloadHandle"]
-
-_LINK_NBYTES: Final = 256 << 20
-_links: dict[str, Link] = {}
 
 
 class OffloadHandle:
@@ -113,29 +110,21 @@ class OffloadHandle:
             stats = snapshot(None if stager is None else stager.ring.read_stats())
             measured, unmeasured = None, ""
             if link and stats.copies:
-                measured = _links.get(self.device)
-                if measured is None:
-                    try:
-                        measured = _links[self.device] = measure_link(placed.driver, nbytes=_LINK_NBYTES)
-                    except (HostMemoryError, RegistrationError, CudaError) as refused:
-                        unmeasured = str(refused)
+                try:
+                    measured = link_of(placed.driver)
+                except (HostMemoryError, RegistrationError, CudaError) as refused:
+                    unmeasured = str(refused)
             return Report(
-                device=self.device,
-                description=placed.driver.description,
                 plan=self._plan,
-                pinned_nbytes=placed.host_nbytes if placed.pinned else 0,
-                pageable_nbytes=0 if placed.pinned else placed.host_nbytes,
-                device_nbytes=self._plan.device_nbytes,
+                **host_facts(placed),
                 stats=stats,
                 link=measured,
                 link_unmeasured=unmeasured,
-                mapped_home=placed.mapped,
-                pageable_because=placed.pageable_because,
                 adopted=() if stager is None else tuple(stager.adopted),
                 replaced=tuple(
                     name
-                    for name, (_, member, holder, attribute) in self._names.items()
-                    if find(holder, attribute) is not member.tensor
+                    for name, (entry, member, holder, attribute) in self._names.items()
+                    if find(holder, attribute) is not member.tensor or placed.is_elsewhere(entry, member)
                 ),
                 aliased_outputs=0 if stager is None else stager.aliased_outputs,
                 asleep=self.asleep,
@@ -172,6 +161,15 @@ class OffloadHandle:
                 placed.write(entry, member, tensor)
             else:
                 overwrite(current, tensor)
+
+    def copy_out(self, name: str) -> bool:
+        """Copy a tensor out of a mapped checkpoint, so that it can be written in place; False where it can already."""
+        placed = self._open()
+        if parts := self._parts(name):
+            return max([self.copy_out(part) for part in parts.values()])
+        entry, _, _ = self._tensor(name)
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            return copy_out(placed, entry)
 
     def _check(self, name: str, tensor: torch.Tensor) -> tuple[Entry, Member, torch.Tensor]:
         entry, member, current = self._tensor(name)

@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from .borders import BorderForward, SplitForward
 from .copying import refuse_copy, refuse_pickle
 from .gradients import refuse_gradients
+from .moved import guard_loading
 from .moving import GuardedApply
 from .overrides import Overrides
 from .placed import Placed
@@ -73,6 +74,7 @@ class Installed:
             forward.install()
         if self._placed.stager is not None:
             self._hooks += guard_state_dicts(self._placed.stager, self._units)
+        self._hooks += guard_loading(self._placed)
         self._hooks += refuse_gradients(member.of_module for member in self._placed.offloaded())
 
     def remove(self) -> None:

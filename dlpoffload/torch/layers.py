@@ -13,9 +13,9 @@ from ..memory import HostBuffer
 from ..store import HostStore
 from .meta import check_realisable, realise, unrealise
 from .placed import copy_span
-from .staging import home_tensor
 from .tensors import empty_bytes, tensor_in
 from .tree import Entry, Member, collect, unit_tree
+from .units import home_tensor
 from .watched import exchange_data
 
 __all__ = ["Layer", "new_entries"]

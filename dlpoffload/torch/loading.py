@@ -15,14 +15,16 @@ from ..limits import check_host_budget
 from ..memory import HostBuffer
 from ..planning import Placement
 from ..producers import view_of
-from ..spec import aligned
+from ..spec import TensorSpec, aligned
+from ..store import HostStore
+from .mapping import Mode, mapped_store
 from .matching import Load, matched
 from .meta import realise, unrealise
-from .origin import Origin
+from .origin import Origin, Units
 from .sources import Slabs, Source
-from .staging import home_tensor
 from .tensors import empty_bytes, tensor_in
 from .tree import Entry, Member
+from .units import home_tensor
 from .watched import exchange_data, plain_data
 
 if TYPE_CHECKING:
@@ -42,31 +44,42 @@ class FromCheckpoint:
     source: Source
     recipe: Recipe | None
     strict: bool
+    mode: Mode = "copy"
     meta: bool = True
     former: Mapping[int, torch.device] = field(default_factory=dict)
 
     def origin(self, module: nn.Module, entries: list[Entry], *, pinned: bool) -> Loading:
         """Match the module with the source; nothing has changed when that fails."""
-        return Loading(self.source, matched(module, entries, self.source.specs, self.recipe, strict=self.strict))
+        loads = matched(module, entries, self.source.specs, self.recipe, strict=self.strict)
+        return Loading(self.source, loads, self.mode)
 
 
 class Loading(Origin):
     """Reads what goes to the host straight into the store, and the residents one after the other over the host."""
 
-    def __init__(self, source: Source, loads: list[Load]) -> None:
+    def __init__(self, source: Source, loads: list[Load], mode: Mode = "copy") -> None:
         self._source = source
+        self._mode = mode
         self._loads = {id(load.entry): load for load in loads}
         self._flats: dict[int, torch.Tensor] = {}  # of each resident, its bytes on the device
         self._twins: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._before: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._placed: list[tuple[Entry, torch.device]] = []
 
+    # --------------------------------------------------------------------------------------- mapping
+    def store(self, placed: Placed, specs: Mapping[str, TensorSpec], units: Units) -> HostStore | None:
+        """One over the checkpoint's own pages, where that was asked for."""
+        if self._mode == "copy":
+            return None
+        return mapped_store(self._source, list(self._loads.values()), self._mode, placed, specs, units)
+
     # --------------------------------------------------------------------------------------- reading
     def fill(self, placed: Placed) -> None:
         """Read everything that comes whole."""
         whole = [load for load in self._loads.values() if load.whole is not None]
         resident = [load for load in whole if _is_resident(placed, load.entry)]
-        at_home = {load.entry.name for load in whole} - {load.entry.name for load in resident}
+        at_home = {load.entry.name for load in whole if not placed.is_read_only(load.entry)}
+        at_home -= {load.entry.name for load in resident}
         if at_home and placed.store is not None:
             # All of it at once: sooner than after minutes of reading.
             check_host_budget(sum(placed.plan.specs[name].nbytes for name in at_home))

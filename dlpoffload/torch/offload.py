@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import overload
+from typing import Literal, overload
 
 from torch import nn
 
@@ -15,6 +15,7 @@ from .device_map import Budgets, Device, DeviceMap, by_device
 from .handle import OffloadHandle
 from .installed import handle_of
 from .loading import FromCheckpoint
+from .mapping import Mode, check_mode
 from .offloading import Offloading, Pageable
 from .sources import Weights, open_source
 from .split import SplitHandle
@@ -37,6 +38,7 @@ def offload_(
     pageable: Pageable = "never",
     stage_unmapped: bool = False,
     checkpoint: Weights | None = None,
+    mode: Mode = "copy",
     recipe: Recipe | None = None,
     strict: bool = True,
 ) -> OffloadHandle: ...
@@ -56,6 +58,7 @@ def offload_(
     pageable: Pageable = "never",
     stage_unmapped: bool = False,
     checkpoint: None = None,
+    mode: Literal["copy"] = "copy",
     recipe: None = None,
     strict: bool = True,
 ) -> SplitHandle: ...
@@ -74,6 +77,7 @@ def offload_(
     pageable: Pageable = "never",
     stage_unmapped: bool = False,
     checkpoint: Weights | None = None,
+    mode: Mode = "copy",
     recipe: Recipe | None = None,
     strict: bool = True,
 ) -> OffloadHandle | SplitHandle:
@@ -120,6 +124,10 @@ def offload_(
         an open `Checkpoint`, or a mapping from names to tensors. Tensors on ``meta`` become real, as the same objects,
         and are on the CPU when the module is restored. What is not on ``meta`` is read over where it is stored, and
         kept where it is not.
+    mode
+        How the checkpoint becomes the host's bytes. ``"copy"`` reads it into pinned memory. ``"map"`` pins the file's
+        own pages: no second copy, and tensors that are read-only until `OffloadHandle.update` or
+        `OffloadHandle.copy_out` moves them. ``"auto"`` maps where it can, and copies otherwise; the report says why.
     recipe
         How the module's tensors are made of stored ones by slices and concatenations; see `checkpoint.recipe`.
     strict
@@ -140,6 +148,8 @@ def offload_(
         The module, or one inside it, is offloaded already.
     HostMemoryError, DeviceMemoryError
         Memory was refused.
+    RegistrationError, AliasError
+        ``mode="map"``, and the device, the file system or the file does not allow it.
     CheckpointError
         The checkpoint is damaged, or does not fit the module; the message names every tensor and what to do.
 
@@ -158,7 +168,7 @@ def offload_(
             )
         if device is not None:
             raise PlanError(f"device={device!r} has no effect beside device_map=; leave it out")
-        if checkpoint is not None or recipe is not None or not strict:
+        if checkpoint is not None or recipe is not None or not strict or mode != "copy":
             raise PlanError("a checkpoint is not read over several devices yet; load the module first, and offload it")
         mapped, budgets = DeviceMap(device_map), by_device(device_budget)
         mapped.check_budgets(budgets)
@@ -173,12 +183,13 @@ def offload_(
         )
     if checkpoint is None and (recipe is not None or not strict):
         raise PlanError("recipe= and strict= say how a checkpoint is read, so without checkpoint= they have no effect")
+    check_mode(mode, checkpoint, pageable)
     offloading = Offloading(open_driver(device), device_budget, units, slots, policy, cost, pageable, stage_unmapped)
     refuse_offloaded(module)
     if checkpoint is None:
         return OffloadHandle(module, offloading)
     with open_source(checkpoint) as source:
-        return OffloadHandle(module, offloading, FromCheckpoint(source, recipe, strict))
+        return OffloadHandle(module, offloading, FromCheckpoint(source, recipe, strict, mode))
 
 
 def refuse_offloaded(module: nn.Module) -> None:

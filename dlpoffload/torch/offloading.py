@@ -13,8 +13,8 @@ from torch import nn
 from ..driver import Driver
 from ..errors import HostMemoryError, PlanError, RegistrationError
 from ..planning import CostModel, Plan, Policy, Unit, UnitTree, all_mapped, all_staged, choose_units, plan
-from .origin import Start
-from .placed import Former, Placed
+from .origin import Former, Start
+from .placed import Placed
 from .tree import Entry, collect, unit_tree
 
 __all__ = ["Offloading", "Pageable"]

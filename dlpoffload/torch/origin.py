@@ -3,18 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import torch
 from torch import nn
 
 from ..planning import Plan
+from ..spec import TensorSpec
+from ..store import HostStore
+from .tensors import Place
 from .tree import Entry
 
 if TYPE_CHECKING:
     from .placed import Placed
 
-__all__ = ["Origin", "Start"]
+__all__ = ["Former", "Origin", "Start", "Units"]
+
+Units: TypeAlias = Mapping[str, tuple[str, ...]]
+
+
+@dataclass(eq=False, slots=True)
+class Former:
+    """What a module that is placed anew was before.
+
+    Attributes
+    ----------
+    devices : dict of int to torch.device
+        By id of the tensor object, where each tensor was before it was offloaded at first.
+    store : HostStore or None
+        Where they are at home now. Slabs that stay what they are are taken over, and the store is let go of then.
+    homes : dict of str to list of Place
+        For each entry, where its members' data is.
+    """
+
+    devices: dict[int, torch.device]
+    store: HostStore | None
+    homes: dict[str, list[Place | None]]
 
 
 class Origin:
@@ -23,6 +48,10 @@ class Origin:
     def units(self, decided: Plan) -> Mapping[str, tuple[str, ...]]:
         """What shall have a slab of its own in the store, beside the streamed units."""
         return {}
+
+    def store(self, placed: Placed, specs: Mapping[str, TensorSpec], units: Units) -> HostStore | None:
+        """A store in which some of the tensors are already; None has one allocated."""
+        return None
 
     def fill(self, placed: Placed) -> None:
         """Bring bytes into the store, before the first tensor is placed."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -14,37 +14,22 @@ from ..driver import Driver
 from ..errors import PlanError, SpecError
 from ..memory import DeviceBuffer
 from ..planning import Placement, Plan
-from ..store import HostStore
+from ..store import HostStore, replaced
 from ..transfer import Prefetcher, SlotRing
 from ..view import View
-from .origin import Origin
+from .guarded import guard
+from .mapping import slot_nbytes
+from .moved import copied_out, copy_out
+from .origin import Former, Origin
 from .shells import real_of
-from .staging import StagedMember, StagedUnit, Stager, home_tensor
+from .staging import Stager
 from .subclasses import inner_tensors, rebuilt
 from .tensors import Place, bytes_of, empty_bytes, host_copy_of, overwrite, place_of, tensor_in, torch_device
 from .tree import Entry, Member, Outer
+from .units import StagedMember, StagedUnit, home_tensor
 from .watched import exchange_data, plain_data, unwatch, watch
 
-__all__ = ["Former", "Placed", "copy_span"]
-
-
-@dataclass(eq=False, slots=True)
-class Former:
-    """What a module that is placed anew was before.
-
-    Attributes
-    ----------
-    devices : dict of int to torch.device
-        By id of the tensor object, where each tensor was before it was offloaded at first.
-    store : HostStore or None
-        Where they are at home now. Slabs that stay what they are are taken over, and the store is let go of then.
-    homes : dict of str to list of Place
-        For each entry, where its members' data is.
-    """
-
-    devices: dict[int, torch.device]
-    store: HostStore | None
-    homes: dict[str, list[Place | None]]
+__all__ = ["Placed", "copy_span"]
 
 
 class Placed:
@@ -81,22 +66,22 @@ class Placed:
         self.device = torch_device(driver)
         self.pinned = pinned
         self.pageable_because = "" if pinned else "asked for"
+        self.because = ""  # why host bytes are not a file's own pages
         self.mapped = pinned and driver.capabilities().map_host_memory
         self.entries = {entry.name: entry for entry in entries}
+        self._unit_of = {name: unit.name for unit in decided.streamed_units for name in unit.tensors}
         self.stager: Stager | None = None
         self._origin = origin or Origin()
-        self.store = self._allocate_store()
+        self.store = self._allocate_store(former)
+        self._slot_nbytes = slot_nbytes(decided, self.store)
         self._before = former.devices if former is not None else {}
-        if self.store is not None and former is not None and former.store is not None:
-            self.store.take_over(former.store, {e.name for e in entries if former.homes.get(e.name) == _places(e)})
-            former.store = None  # the slabs that remain live as long as tensors are at home in them
         self._former: dict[int, tuple[Entry, torch.device]] = {}
+        self._stayed: set[int] = set()  # until it has settled: entries that it left where they were at home before
         self._relabelled: list[tuple[Outer, torch.Tensor]] = []
-        self._homes: dict[int, Place] = {}  # where the data of each member that we moved is
-        self._stayed: set[int] = set()  # entries that were at home there before
+        self._homes: dict[int, Place] = {}  # where the data of each member is
         try:
             # The ring first: what cannot run must fail before a weight has moved.
-            slots = [empty_bytes(decided.slot_nbytes, self.device) for _ in range(decided.slots)]
+            slots = [empty_bytes(self._slot_nbytes, self.device) for _ in range(decided.slots)]
             self._origin.fill(self)
             for entry in entries:
                 if not self._origin.place(self, entry):
@@ -106,14 +91,16 @@ class Placed:
                 self._stage(slots)
             for member in self.offloaded():
                 watch(member.tensor)
+            for entry in entries:
+                if self.is_read_only(entry):
+                    for member in entry.members:
+                        guard(member.tensor, member.name, plain_data(member.tensor))
         except BaseException:
-            for key in self._stayed:  # whoever brought them there has them still
-                self._former.pop(key, None)
             self.undo()
             raise
 
     # ------------------------------------------------------------------------------------- placing
-    def _allocate_store(self) -> HostStore | None:
+    def _allocate_store(self, former: Former | None) -> HostStore | None:
         decided = self.plan
         mapped = decided.names(Placement.HOST_MAPPED)
         if mapped and not self.mapped:
@@ -125,12 +112,27 @@ class Placed:
         names = [name for name in decided.specs if decided.placements[name] is not Placement.DEVICE]
         if not names:
             return None
-        return HostStore.allocate(
-            {name: decided.specs[name] for name in names},
-            units={unit.name: unit.tensors for unit in decided.streamed_units} | dict(self._origin.units(decided)),
-            device=self.driver.device,
-            pinned=self.pinned,
-        )
+        specs = {name: decided.specs[name] for name in names}
+        units = {unit.name: unit.tensors for unit in decided.streamed_units} | dict(self._origin.units(decided))
+        if former is not None and former.store is not None:
+            staying = {e.name for e in self.entries.values() if former.homes.get(e.name) == _places(e)}
+            taken = replaced(former.store, specs, staying, units=units, pinned=self.pinned)
+            former.store = None  # the slabs that remain live as long as tensors are at home in them
+            return taken
+        store = self._origin.store(self, specs, units)
+        if store is None:
+            store = HostStore.allocate(specs, units=units, device=self.driver.device, pinned=self.pinned)
+            store.because = self.because
+        return store
+
+    @property
+    def device_nbytes(self) -> int:
+        """Bytes on the device: residents and ring."""
+        return self.plan.device_nbytes + self.plan.slots * (self._slot_nbytes - self.plan.slot_nbytes)
+
+    def is_read_only(self, entry: Entry) -> bool:
+        """Whether an entry lies in a mapped file."""
+        return self.store is not None and entry.name in self.store and self.store.is_read_only(entry.name)
 
     @property
     def host_nbytes(self) -> int:
@@ -166,13 +168,12 @@ class Placed:
     def _place(self, entry: Entry) -> None:
         if self.plan.placements[entry.name] is Placement.DEVICE or not entry.spec.nbytes:
             if all(m.tensor.device == self.device and id(m.tensor) not in self._before for m in entry.members):
+                self._homes.update((id(member), place_of(member.tensor)) for member in entry.members)
                 return
             self._move(entry, empty_bytes(entry.spec.nbytes, self.device))
             return
         assert self.store is not None
-        view = self._home_view(entry)
-        homes = [home_tensor(view, member) for member in entry.members]
-        pairs = list(zip(entry.members, homes, strict=True))
+        homes = self._homes_of(entry)
         if _places(entry) != [place_of(home) for home in homes]:
             host = from_dlpack(self.store.host_view(entry.name).view((entry.spec.nbytes,), "uint8"))
             for member in entry.members:
@@ -180,12 +181,21 @@ class Placed:
         else:
             self._stayed.add(id(entry))
         self._moved(entry)
-        for member, home in pairs:
+        for member, home in zip(entry.members, homes, strict=True):
             self._point(member, home)
+
+    def _homes_of(self, entry: Entry) -> list[torch.Tensor]:
+        view = self._home_view(entry)
+        return [home_tensor(view, member) for member in entry.members]
 
     def _home_view(self, entry: Entry) -> View:
         assert self.store is not None
-        return self.store.device_view(entry.name) if self.mapped else self.store.host_view(entry.name)
+        if not self.mapped:
+            return self.store.host_view(entry.name)
+        if self.is_read_only(entry) and (unit := self._unit_of.get(entry.name)) is not None:
+            # Kernels read it in a slot, aligned; where it lies in its file it may be off 16 bytes.
+            return self.store.slab(unit).device_view(entry.name, read_only=True)
+        return self.store.device_view(entry.name, read_only=self.is_read_only(entry))
 
     def _move(self, entry: Entry, flat: torch.Tensor) -> None:
         """Copy an entry's bytes into `flat`, and point its tensors there."""
@@ -204,7 +214,7 @@ class Placed:
         self._homes[id(member)] = place_of(data)
 
     def _is_ours(self, member: Member) -> bool:
-        """Whether a member has the bytes that we gave it, and not others that somebody put there (``.data =``)."""
+        """Whether a member has the bytes that it was offloaded with, not others that somebody gave it (``.data =``)."""
         return place_of(member.tensor) == self._homes.get(id(member))
 
     def _relabel(self) -> None:
@@ -230,7 +240,12 @@ class Placed:
                 if unit.active:
                     return next(staged.home for staged in unit.members if staged.member is member), True
                 return plain_data(member.tensor), self._is_ours(member)
-        return plain_data(member.tensor), id(member) not in self._homes or self._is_ours(member)
+        return plain_data(member.tensor), self._is_ours(member)
+
+    def is_elsewhere(self, entry: Entry, member: Member) -> bool:
+        """Whether a tensor that no unit stages was given other memory (``.data =``): nothing takes that over."""
+        staged = self.plan.placements[entry.name] is Placement.HOST_STAGED
+        return not staged and not self.data_of(entry, member)[1]
 
     def _stage(self, slots: list[torch.Tensor]) -> None:
         assert self.store is not None
@@ -244,9 +259,11 @@ class Placed:
             {unit.name: self.store.slab(unit.name) for unit in units},
             slots=len(slots),
             device=self.driver.device,
+            # Off 16 bytes kernels would compute other bits from the file itself than from a slot.
+            when_full="map" if self._unit_of.keys() & set(self.store.unaligned) else "map_read_only",
             allocate=allocate,
         )
-        self.stager = Stager(Prefetcher(ring), slots, self.device)
+        self.stager = Stager(Prefetcher(ring), slots, self.device, partial(copied_out, self))
         self._named = {path: real_of(module) for path, module in self.module.named_modules()}
         for unit in units:
             self.stager.add(self._unit(unit.name, unit.tensors))
@@ -267,7 +284,8 @@ class Placed:
             for member in entry.members
             if member.spec.nbytes
         ]
-        return StagedUnit(name, self._modules(name, entries), slab, members)
+        read_only = [m.tensor for entry in entries if self.is_read_only(entry) for m in entry.members]
+        return StagedUnit(name, self._modules(name, entries), slab, members, read_only)
 
     def _modules(self, name: str, entries: list[Entry]) -> list[nn.Module]:
         """The modules whose forward uses a unit: the one of that name, else all that hold its tensors."""
@@ -288,6 +306,7 @@ class Placed:
             overwrite(member.tensor, tensor)
             return
         assert self.store is not None
+        copy_out(self, entry)
         source = host_copy_of(tensor)
         # Kernels enqueued before may still read the mapped bytes, on whatever stream the module was called.
         self.driver.synchronize()
@@ -299,6 +318,7 @@ class Placed:
         """Say that the module is offloaded: from now on `undo` gives it ordinary memory, and not what it came with."""
         for entry, device in self._origin.settle():
             self._former[id(entry)] = entry, device
+        self._stayed.clear()
         self._origin = Origin()
 
     def retire(self) -> None:
@@ -333,10 +353,12 @@ class Placed:
         """
         self.retire()
         for key, (entry, device) in reversed(list(self._former.items())):
-            if any(self._is_ours(member) for member in entry.members):
-                self._restore(entry, empty_bytes(entry.spec.nbytes, device))
-            for member in entry.members:
-                self._take_out(member, device)
+            if key not in self._stayed:
+                others = [member for member in entry.members if not self._is_ours(member)]
+                if len(others) < len(entry.members):
+                    self._restore(entry, empty_bytes(entry.spec.nbytes, device))
+                for member in others:
+                    self._take_out(member, device)
             del self._former[key]
         self._origin.rollback()
         self._homes.clear()

@@ -5,19 +5,23 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+from ..driver import Driver
 from ..planning import Placement, Plan
 from ..spec import format_nbytes
-from ..transfer import Link, TransferStats
+from ..transfer import Link, TransferStats, measure_link
 
 if TYPE_CHECKING:
     from rich.console import Group
     from rich.table import Table
 
-__all__ = ["ByDevice", "Report"]
+__all__ = ["ByDevice", "Report", "link_of", "snapshot"]
 
 _Shown = TypeVar("_Shown", bound="Plan | Report")
+_LINK_NBYTES: Final = 256 << 20
+_links: dict[str, Link] = {}
+_MODES: Final = {"map": "mapped", "copy": "copied"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +37,16 @@ class Report:
         Host memory of the module's weights.
     pageable_because : str
         Why it is pageable, where it is.
+    mode : str
+        ``"map"`` where host bytes are a checkpoint's own pages, else ``"copy"``.
+    because : str
+        Why it is so, where that was asked for.
+    file_nbytes : int
+        Of the pinned bytes, the pages of files: no second copy.
+    moved : tuple of str
+        Tensors that were moved out of the file into memory of their own, because they were written or by `copy_out`.
+    copied : tuple of str
+        Tensors of a mapped module that were never mapped: not in the file, or not as kernels want them.
     device_nbytes : int
         Device memory that was allocated: residents and ring.
     stats : TransferStats
@@ -47,7 +61,8 @@ class Report:
     adopted : tuple of str
         Tensors that somebody gave other bytes (``.data =``) and whose values were taken over.
     replaced : tuple of str
-        Names under which the module has another tensor object now. Those are not offloaded: they are where they are.
+        Names under which the module has another tensor object now, or one that no unit stages and that was given other
+        memory. Those are not offloaded: they are where they are, until `OffloadHandle.refresh_` takes them in.
     aliased_outputs : int
         Outputs of units that lay in a slot and were copied.
     asleep : bool
@@ -60,6 +75,11 @@ class Report:
     pinned_nbytes: int
     pageable_nbytes: int
     pageable_because: str
+    mode: str
+    because: str
+    file_nbytes: int
+    moved: tuple[str, ...]
+    copied: tuple[str, ...]
     device_nbytes: int
     stats: TransferStats
     link: Link | None
@@ -86,6 +106,11 @@ class Report:
         rows.append(("ring", f"{plan.slots} slots of {format_nbytes(plan.slot_nbytes)}"))
         rows.append(("device memory", f"{format_nbytes(self.device_nbytes)} of {format_nbytes(plan.device_budget)}"))
         rows.append(("pinned memory", format_nbytes(self.pinned_nbytes)))
+        if self.because:
+            rows.append(("checkpoint", f"{_MODES[self.mode]}: {self.because}"))
+        if self.mode == "map":
+            counts = f"{len(self.moved)} tensors moved out of them, {len(self.copied)} never mapped"
+            rows.append(("of files", f"{format_nbytes(self.file_nbytes)}; {counts}"))
         if self.pageable_nbytes:
             rows.append(("pageable memory", f"{format_nbytes(self.pageable_nbytes)}, slow: {self.pageable_because}"))
         rows.append(("copies", f"{stats.copies} ({stats.late_copies} late), {format_nbytes(stats.copied_nbytes)}"))
@@ -156,3 +181,11 @@ class ByDevice(Mapping[str, _Shown]):
 def snapshot(stats: TransferStats | None) -> TransferStats:
     """A copy of the counters that does not move on."""
     return TransferStats() if stats is None else replace(stats)
+
+
+def link_of(driver: Driver) -> Link:
+    """The link's own rate, measured once for each device and process."""
+    found = _links.get(driver.device)
+    if found is None:
+        found = _links[driver.device] = measure_link(driver, nbytes=_LINK_NBYTES)
+    return found

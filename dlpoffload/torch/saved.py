@@ -20,7 +20,8 @@ from .outputs import lies_in
 from .subclasses import wraps_others
 
 if TYPE_CHECKING:
-    from .staging import StagedUnit, Stager
+    from .staging import Stager
+    from .units import StagedUnit
 
 __all__ = ["Staged", "saved_outside"]
 

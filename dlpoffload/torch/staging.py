@@ -8,150 +8,27 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import AliasError, OffloadError, SlotError
-from ..slab import Slab
 from ..transfer import Lease, Prefetcher
-from ..view import View
 from .backward import BackwardStager
 from .compiling import border, uncompiled
 from .gradients import guard_outputs
+from .guarded import expose, is_guarded
+from .moved import CopiedOut, move_out, move_written
 from .outputs import detached_from
 from .saved import saved_outside
-from .tensors import current_stream, host_copy_of, place_of, tensor_in, tensor_over
+from .tensors import current_stream, host_copy_of, place_of, tensor_in
 from .tree import Member
-from .watched import exchange_data, is_noted, plain_data, was_read, written_as_data
+from .units import StagedMember, StagedUnit, home_tensor
+from .watched import exchange_data, plain_data, was_read
 from .wrapped import WrappedForward
 
-__all__ = ["StagedMember", "StagedUnit", "Stager", "home_tensor"]
-
-
-def home_tensor(view: View, member: Member) -> torch.Tensor:
-    """View a member's bytes inside the view of its entry."""
-    return tensor_over(view.view((member.spec.nbytes,), "uint8", byte_offset=member.byte_offset), member.spec)
-
-
-@dataclass(eq=False, slots=True)
-class StagedMember:
-    """A tensor of a staged unit: the object that the module held, its home, and what was left there.
-
-    Attributes
-    ----------
-    version : int
-        Torch's count of in-place writes when we looked last.
-    generation : int
-        How often the bytes changed; what autograd saved before refers to older ones.
-    tensor : torch.Tensor
-        The Parameter or buffer object.
-    norms : tuple of torch.nn.Module
-        Batch norms whose running statistic it is. In training their forward writes it, and torch counts no write.
-    """
-
-    member: Member
-    entry: str
-    slab_offset: int
-    home: torch.Tensor
-    version: int
-    generation: int = 0
-    tensor: torch.Tensor = field(init=False)
-    norms: tuple[nn.Module, ...] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.tensor = self.member.tensor
-        self.norms = tuple(
-            module
-            for module, attribute, _ in self.member.places
-            if isinstance(module, nn.modules.batchnorm._NormBase) and attribute in ("running_mean", "running_var")
-        )
-
-    @property
-    def at_home(self) -> bool:
-        """Whether the tensor has the bytes that we gave it between uses."""
-        return place_of(self.tensor) == place_of(self.home)
-
-    @property
-    def written_unseen(self) -> bool:
-        """Whether its unit's forward writes it without torch's count going up."""
-        return any(norm.training for norm in self.norms)
-
-    def was_written(self) -> bool:
-        """Whether torch saw a write since we looked last."""
-        written = written_as_data(self.tensor)
-        return written or self.member.version != self.version
-
-    def overlaps(self, byte_offset: int, nbytes: int) -> bool:
-        """Whether it has bytes of a range of the slab."""
-        start = self.slab_offset
-        return start < byte_offset + nbytes and byte_offset < start + self.member.spec.nbytes
-
-
-@dataclass(eq=False, slots=True)
-class StagedUnit:
-    """A module whose tensors are staged together.
-
-    Attributes
-    ----------
-    own : frozenset of int
-        Ids of its tensor objects, and of those that wrap them.
-    active : list of Lease
-        Of the calls that are inside the unit's forward now; the first one's slot is where the parameters point.
-    users : int
-        What referred to the slot before the parameters did.
-    """
-
-    name: str
-    modules: list[nn.Module]
-    slab: Slab
-    members: list[StagedMember]
-    slot_tensors: dict[int, list[torch.Tensor]] = field(default_factory=dict)
-    active: list[Lease] = field(default_factory=list)
-    users: int = 0
-    own: frozenset[int] = field(init=False)
-    homes: list[torch.Tensor] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.homes = [staged.home for staged in self.members]
-        self.own = frozenset(
-            id(tensor) for staged in self.members for tensor in (staged.tensor, staged.member.of_module[1])
-        )
-
-    def named(self) -> list[tuple[str, torch.Tensor]]:
-        """Name and tensor of what the module has, by which every member is reached."""
-        return [staged.member.of_module for staged in self.members]
-
-    def untouched(self, data: Sequence[torch.Tensor]) -> bool:
-        """Whether a quick look finds every tensor where it was put, and nothing done to it: nearly always so."""
-        for staged, put in zip(self.members, data, strict=True):
-            tensor = staged.tensor
-            if (
-                place_of(tensor) != place_of(put)
-                or staged.member.version != staged.version
-                or is_noted(tensor)
-                or staged.norms
-            ):
-                return False
-        return True
-
-    def point(self, data: Sequence[torch.Tensor]) -> None:
-        """Give every tensor other data."""
-        for staged, put in zip(self.members, data, strict=True):
-            exchange_data(staged.tensor, put)
-
-    def generations(self, byte_offset: int, nbytes: int) -> tuple[int, ...]:
-        """How often a range of the slab changed."""
-        return tuple(staged.generation for staged in self.members if staged.overlaps(byte_offset, nbytes))
-
-    def touch(self, written: StagedMember) -> None:
-        """Count a change of a tensor, and so of those that share bytes with it."""
-        for staged in self.members:
-            if staged.overlaps(written.slab_offset, written.member.spec.nbytes):
-                staged.generation += 1
+__all__ = ["StagedForward", "Stager"]
 
 
 class StagedForward(WrappedForward):
@@ -194,7 +71,7 @@ class StagedForward(WrappedForward):
 class Stager:
     """Enters and leaves units. One for each offloaded module."""
 
-    def __init__(self, prefetcher: Prefetcher, slots: list[torch.Tensor], device: torch.device) -> None:
+    def __init__(self, prefetcher: Prefetcher, slots: list[torch.Tensor], device: torch.device, out: CopiedOut) -> None:
         self.prefetcher = prefetcher
         self.ring = prefetcher.ring
         self.device = device
@@ -202,6 +79,7 @@ class Stager:
         self._storages = [slot.untyped_storage() for slot in slots]
         self.backward = BackwardStager(self.ring, slots, device)
         self.aliased_outputs = 0
+        self.copied_out = out
         self.units: dict[str, StagedUnit] = {}
         self.adopted: list[str] = []
         self._unit_of: dict[str, StagedUnit] = {}
@@ -228,14 +106,25 @@ class Stager:
                 lease = unit.active[0].share(stream)
                 lease.wait()
             else:
-                self.look_over(unit)
-                lease = self.prefetcher.enter(unit.name, stream=stream)
-                if lease.slot is not None:
-                    tensors = self._tensors(unit, lease.slot.index)
-                    unit.users = self._users(lease)
-                    unit.point(tensors)
+                lease = self._stage(unit, stream)
             unit.active.append(lease)
             return lease
+
+    def _stage(self, unit: StagedUnit, stream: int) -> Lease:
+        staged = False
+        expose(unit.read_only, to_writes=True)
+        try:
+            self.look_over(unit)
+            lease = self.prefetcher.enter(unit.name, stream=stream)
+            if lease.slot is not None:
+                tensors = self._tensors(unit, lease.slot.index)
+                unit.users = self._users(lease)
+                unit.point(tensors)
+                staged = True
+            return lease
+        finally:
+            if not staged:
+                expose(unit.read_only, to_writes=False)
 
     @uncompiled
     def leave(self, unit: StagedUnit, lease: Lease) -> bool:
@@ -251,7 +140,10 @@ class Stager:
                     if any(staged.written_unseen for staged in unit.members):
                         self.ring.changed_on_stream(unit.name, stream=lease.stream)
                 elif not unit.active:
-                    self._go_home(unit, lease)
+                    try:
+                        self._go_home(unit, lease)
+                    finally:
+                        expose(unit.read_only, to_writes=False)
                     escaped = lease.sole and self._escaped(unit, lease)
             finally:
                 self.prefetcher.leave(lease)
@@ -322,15 +214,12 @@ class Stager:
         driver = self.ring.driver
         if written:
             lease.wait_for_readers()  # who wrote may have left already, on another stream
+        move_written(self, unit, written, lease.stream)
         for staged in written:
             # In stream order behind the write itself; a tensor that overlaps another brings the same bytes twice.
             with driver.current():
-                driver.copy_async(
-                    unit.slab.host_pointer + staged.slab_offset,
-                    lease.slot.device_pointer + staged.slab_offset,
-                    staged.member.spec.nbytes,
-                    lease.stream,
-                )
+                for start, host_pointer, nbytes in unit.slab.copies(staged.slab_offset, staged.member.spec.nbytes):
+                    driver.copy_async(host_pointer, lease.slot.device_pointer + start, nbytes, lease.stream)
             self.ring.stats.write_backs += 1
         if written:
             self.ring.changed_on_stream(unit.name, stream=lease.stream, valid=lease.slot)
@@ -377,6 +266,8 @@ class Stager:
 
     def _write(self, unit: StagedUnit, staged: StagedMember, tensor: torch.Tensor) -> None:
         source = host_copy_of(tensor)
+        if is_guarded(staged.tensor):
+            move_out(self, unit, staged.entry, current_stream(self.device))
         self.ring.driver.stream_synchronize(current_stream(self.device))
         self.ring.before_host_write(unit.name)
         home_tensor(unit.slab.host_view(staged.entry), staged.member).copy_(source)

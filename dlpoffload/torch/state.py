@@ -9,12 +9,14 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from .guarded import home_view
 from .outputs import lies_in
 from .subclasses import inner_at, rebuilt
 from .wrapped import LeftOut
 
 if TYPE_CHECKING:
-    from .staging import StagedMember, StagedUnit, Stager
+    from .staging import Stager
+    from .units import StagedMember, StagedUnit
 
 __all__ = ["guard_state_dicts"]
 
@@ -54,5 +56,5 @@ class _Homes:
                     continue
                 # What the unit's forward has written so far is not at home yet.
                 written = unit.active and staged.member.version != staged.version
-                home = inner.clone() if written else staged.home
+                home = inner.clone() if written else home_view(staged.tensor, staged.home)
                 state_dict[key] = home if inner is found else rebuilt(found, {id(inner): home})

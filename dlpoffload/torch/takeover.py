@@ -12,8 +12,8 @@ from ..lifetime import drain
 from ..planning import Placement, Plan
 from .layers import Layer
 from .origin import Origin
-from .staging import home_tensor
 from .tree import Entry
+from .units import home_tensor
 
 if TYPE_CHECKING:
     from .placed import Placed

@@ -19,6 +19,7 @@ from torch import nn
 from ..errors import OffloadError
 
 __all__ = [
+    "READ_ONLY",
     "attributes_of",
     "exchange_data",
     "former_class",
@@ -28,6 +29,7 @@ __all__ = [
     "unwatch",
     "was_read",
     "watch",
+    "watched_class",
     "written_as_data",
 ]
 
@@ -35,6 +37,8 @@ _DATA = cast(Any, torch._C.TensorBase).data
 _READ = "_dlpoffload_read"
 _GIVEN = "_dlpoffload_given"
 _FORMER = "_dlpoffload_class"
+READ_ONLY = "_dlpoffload_read_only"
+"""Under which `guarded` keeps a tensor's home."""
 
 
 @dataclass(slots=True)
@@ -86,7 +90,8 @@ class _Watched:
 
 
 @cache
-def _watched_class(kind: type) -> type:
+def watched_class(kind: type) -> type:
+    """The class that is watched in the place of `kind`."""
     space = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
     own = next(base.__dict__["__torch_function__"] for base in kind.__mro__ if "__torch_function__" in base.__dict__)
     plain = (torch._C.TensorBase, torch.Tensor, nn.Parameter)
@@ -99,7 +104,7 @@ def watch(tensor: torch.Tensor) -> None:
     """Exchange a tensor's class. Only plain tensors and Parameters (and subclasses without a layout of their own)."""
     kind = type(tensor)
     tensor.__dict__[_FORMER] = kind
-    tensor.__class__ = _watched_class(kind)
+    tensor.__class__ = watched_class(kind)
 
 
 def is_watched(tensor: torch.Tensor) -> bool:
@@ -112,6 +117,7 @@ def unwatch(tensor: torch.Tensor) -> None:
     kind = tensor.__dict__.pop(_FORMER, None)
     tensor.__dict__.pop(_READ, None)
     tensor.__dict__.pop(_GIVEN, None)
+    tensor.__dict__.pop(READ_ONLY, None)
     if kind is not None:
         tensor.__class__ = kind
 
@@ -123,7 +129,7 @@ def former_class(tensor: torch.Tensor) -> type:
 
 def attributes_of(tensor: torch.Tensor) -> dict[str, Any]:
     """What others have put on a tensor as attributes."""
-    return {name: value for name, value in tensor.__dict__.items() if name not in (_FORMER, _READ, _GIVEN)}
+    return {name: value for name, value in tensor.__dict__.items() if name not in (_FORMER, _READ, _GIVEN, READ_ONLY)}
 
 
 def is_noted(tensor: torch.Tensor) -> bool:

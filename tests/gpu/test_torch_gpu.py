@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -432,6 +433,8 @@ def test_two_graphs_of_one_model() -> None:
 
 
 def test_another_model_is_freed_during_a_capture() -> None:
+    if "jax" in sys.modules:
+        pytest.skip("JAX ran in this process, and its threads make calls that break a capture, whoever's it is")
     module, reference, _handle = tower()
     holder: list[Any] = [tower(5, 256)]
     with torch.no_grad():

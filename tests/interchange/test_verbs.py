@@ -52,6 +52,7 @@ ALIASING = {
     "HostStore.host_view": ALWAYS,
     "HostStore.device_view": ALWAYS,
     "HostStore.slab": ALWAYS,
+    "HostStore.slot_nbytes": NO_BYTES,
     "HostStore.take_over": ALWAYS,
     "HostStore.memoryviews": ALWAYS,
     "HostStore.adopt": ALWAYS,

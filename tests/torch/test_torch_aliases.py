@@ -279,9 +279,9 @@ def test_a_report_where_the_link_cannot_be_measured(cpu_driver: Callable[..., Cp
     handle = offload_(module, "1MiB", device="cpu", pageable="if_refused", policy=all_staged, units=["layers.*"])
     with torch.no_grad():
         module(vector(0, "cpu"))
-    from dlpoffload.torch import handle as handle_module
+    from dlpoffload.torch import report as links_module
 
-    handle_module._links.clear()
+    links_module._links.clear()
     report = handle.report()
     assert report.link is None
     assert "not measured" in str(report)

@@ -997,7 +997,7 @@ def test_the_options_are_those_of_offload() -> None:
     import inspect
 
     ours, theirs = (inspect.signature(call).parameters for call in (Offloader, offload_))
-    left_out = {"module", "checkpoint", "recipe", "strict", "device_map"}
+    left_out = {"module", "checkpoint", "mode", "recipe", "strict", "device_map"}
     assert {n: p.default for n, p in ours.items()} == {n: p.default for n, p in theirs.items() if n not in left_out}
 
 

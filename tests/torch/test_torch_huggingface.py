@@ -5,6 +5,7 @@ Models are made from configurations; nothing is downloaded.
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -55,6 +56,7 @@ MODELS: dict[str, Callable[[], Any]] = {
 NO_KV_CACHE = {"mamba"}
 """Its state is of a fixed size, and cannot be taken back."""
 
+_AS_DICT = {"return_dict_in_generate": True}
 GREEDY: dict[str, Any] = {"do_sample": False}
 GENERATIONS: dict[str, dict[str, Any]] = {
     "greedy": GREEDY,
@@ -64,7 +66,6 @@ GENERATIONS: dict[str, dict[str, Any]] = {
     # generate compiles the steps of a static cache on a GPU: that is not one computation any more, bit for bit
     "static cache": {**GREEDY, "cache_implementation": "static", "disable_compile": True},
 }
-TEXT_ONLY = list(MODELS)
 
 
 def made(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Any:
@@ -88,8 +89,7 @@ def prompts(device: str, rows: int = 2, length: int = 7) -> dict[str, Tensor]:
 
 def generated(model: Any, inputs: dict[str, Tensor], count: int, **kind: Any) -> Any:
     """Tokens and everything beside them, the logits of every step among it."""
-    extras = {"return_dict_in_generate": True, "output_logits": True, "output_scores": True}
-    return model.generate(**inputs, max_new_tokens=count, **extras, **kind)
+    return model.generate(**inputs, max_new_tokens=count, output_logits=True, output_scores=True, **_AS_DICT, **kind)
 
 
 # ---------------------------------------------------------------------------------------- 100 M parameters
@@ -132,9 +132,6 @@ def test_a_hundred_million_parameters(device: str) -> None:
     assert stats.copies >= 400 * streamed
     assert stats.late_copies <= 2
     pair.handle.restore_()
-
-
-_AS_DICT = {"return_dict_in_generate": True}
 
 
 # ------------------------------------------------------------------------------------------ every kind of
@@ -284,6 +281,26 @@ def test_saved_and_loaded(name: str, device: str, tmp_path: Path) -> None:
         model.load_state_dict(other.state_dict())
     after = again.assert_same(lambda model: generated(model, inputs, 4, **GREEDY), "other weights").logits
     assert not same(before[0], after[0])
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2_tied"])
+def test_resized_embeddings_are_reported_and_taken_in(name: str, device: str) -> None:
+    pair = Pair.of(made(name), device)
+    inputs = prompts(device)
+    for model in pair.each():
+        torch.manual_seed(2)
+        model.resize_token_embeddings(150)
+    table = pair.offloaded.get_input_embeddings().weight
+    names = {name for name, tensor in tensors_of(pair.offloaded).items() if tensor is table}
+    pair.assert_same(lambda model: generated(model, inputs, 4, **GREEDY), "resized")
+    assert names <= set(pair.handle.report(link=False).replaced)
+    copied = Pair(pair.resident, copy.deepcopy(pair.offloaded), pair.handle, pair.allocated, pair.ring)
+    copied.assert_same(lambda model: generated(model, inputs, 4, **GREEDY), "copied")
+    pair.handle.refresh_()
+    assert pair.handle.report(link=False).replaced == ()
+    specs = pair.handle.plan.specs
+    assert [specs[name].shape[0] for name in names if name in specs] == [150]
+    pair.assert_same(lambda model: generated(model, inputs, 4, **GREEDY), "refreshed")
 
 
 # ------------------------------------------------------------------------------------ outputs of one's own

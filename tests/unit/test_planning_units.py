@@ -347,6 +347,17 @@ def test_a_small_container_does_not_set_the_slot_for_everything_else() -> None:
     assert names(choose_units(tree, nbytes_of(tree) // 4)) == [*blocks, "classifier.0", "classifier.1"]
 
 
+def test_rotary_frequencies_are_no_table_of_which_a_step_reads_a_few_rows() -> None:
+    rotary = leaf("LlamaRotaryEmbedding", {"inv_freq": TensorSpec((64,), "float32")})
+    layers = listed(*[mlp(512, 2048)] * 8)
+    tree = module("Model", embed=embedding(1000, 512), layers=layers, rotary_emb=rotary)("")
+    assert tree.gathered() == {"embed.weight"}
+    slot = next(node for node in tree.walk() if node.name == "layers.0")
+    made = plan(tree, 2 * nbytes_of(slot) + 256)  # the ring, and room for nothing but these
+    assert made.placements["rotary_emb.inv_freq"] is DEVICE
+    assert made.placements["embed.weight"] is MAPPED
+
+
 def test_an_embedding_is_never_staged_unless_it_lies_in_a_block() -> None:
     tree = t5(layers=2)
     budget = nbytes_of(tree)

@@ -381,6 +381,29 @@ def device_writes(transfer: ModuleType, seed: int) -> None:
 
 
 @_scenario(EAGER)
+def written_in_the_slot_on_another_stream(transfer: ModuleType, seed: int) -> None:
+    """Who wrote leaves first; who leaves last brings it home."""
+    with workbench(transfer, seed) as bench:
+        first, second, third = bench.streams
+        for unit in bench.names[:3]:
+            writer = bench.ring.prefetch(unit, stream=first)
+            writer.wait()
+            last = writer.share(second)
+            last.wait()
+            bench.truth[unit] = bench.fresh(unit)
+            bench.write_on(first, writer.slot.device_pointer, bench.truth[unit])
+            writer.release()
+            last.wait_for_readers()
+            slab = bench.slabs[unit]
+            bench.driver.copy_async(slab.host_pointer, last.slot.device_pointer, slab.nbytes, second)
+            bench.ring.changed_on_stream(unit, stream=second, valid=last.slot)
+            last.release()
+            bench.use(unit, third)
+        for unit in bench.names:  # out of their host bytes again
+            bench.use(unit, third)
+
+
+@_scenario(EAGER)
 def device_write_then_mapped_reader(transfer: ModuleType, seed: int) -> None:
     with workbench(transfer, seed, slots=1) as bench:
         first, second, third = bench.streams

@@ -1,0 +1,143 @@
+"""What a unit is to torch: the module's tensor objects, where they are at home, and what was left there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from ..slab import Slab
+from ..transfer import Lease
+from ..view import View
+from .tensors import place_of, tensor_over
+from .tree import Member
+from .watched import exchange_data, is_noted, written_as_data
+
+__all__ = ["StagedMember", "StagedUnit", "home_tensor"]
+
+
+def home_tensor(view: View, member: Member) -> torch.Tensor:
+    """View a member's bytes inside the view of its entry."""
+    return tensor_over(view.view((member.spec.nbytes,), "uint8", byte_offset=member.byte_offset), member.spec)
+
+
+@dataclass(eq=False, slots=True)
+class StagedMember:
+    """A tensor of a staged unit: the object that the module held, its home, and what was left there.
+
+    Attributes
+    ----------
+    version : int
+        Torch's count of in-place writes when we looked last.
+    generation : int
+        How often the bytes changed; what autograd saved before refers to older ones.
+    tensor : torch.Tensor
+        The Parameter or buffer object.
+    norms : tuple of torch.nn.Module
+        Batch norms whose running statistic it is. In training their forward writes it, and torch counts no write.
+    """
+
+    member: Member
+    entry: str
+    slab_offset: int
+    home: torch.Tensor
+    version: int
+    generation: int = 0
+    tensor: torch.Tensor = field(init=False)
+    norms: tuple[nn.Module, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.tensor = self.member.tensor
+        self.norms = tuple(
+            module
+            for module, attribute, _ in self.member.places
+            if isinstance(module, nn.modules.batchnorm._NormBase) and attribute in ("running_mean", "running_var")
+        )
+
+    @property
+    def at_home(self) -> bool:
+        """Whether the tensor has the bytes that we gave it between uses."""
+        return place_of(self.tensor) == place_of(self.home)
+
+    @property
+    def written_unseen(self) -> bool:
+        """Whether its unit's forward writes it without torch's count going up."""
+        return any(norm.training for norm in self.norms)
+
+    def was_written(self) -> bool:
+        """Whether torch saw a write since we looked last."""
+        written = written_as_data(self.tensor)
+        return written or self.member.version != self.version
+
+    def overlaps(self, byte_offset: int, nbytes: int) -> bool:
+        """Whether it has bytes of a range of the slab."""
+        start = self.slab_offset
+        return start < byte_offset + nbytes and byte_offset < start + self.member.spec.nbytes
+
+
+@dataclass(eq=False, slots=True)
+class StagedUnit:
+    """A module whose tensors are staged together.
+
+    Attributes
+    ----------
+    read_only : list of torch.Tensor
+        Those at home in a mapped file: guarded but in a slot.
+    own : frozenset of int
+        Ids of its tensor objects, and of those that wrap them.
+    active : list of Lease
+        Of the calls that are inside the unit's forward now; the first one's slot is where the parameters point.
+    users : int
+        What referred to the slot before the parameters did.
+    """
+
+    name: str
+    modules: list[nn.Module]
+    slab: Slab
+    members: list[StagedMember]
+    read_only: list[torch.Tensor] = field(default_factory=list)
+    slot_tensors: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    active: list[Lease] = field(default_factory=list)
+    users: int = 0
+    own: frozenset[int] = field(init=False)
+    homes: list[torch.Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.homes = [staged.home for staged in self.members]
+        self.own = frozenset(
+            id(tensor) for staged in self.members for tensor in (staged.tensor, staged.member.of_module[1])
+        )
+
+    def named(self) -> list[tuple[str, torch.Tensor]]:
+        """Name and tensor of what the module has, by which every member is reached."""
+        return [staged.member.of_module for staged in self.members]
+
+    def untouched(self, data: Sequence[torch.Tensor]) -> bool:
+        """Whether a quick look finds every tensor where it was put, and nothing done to it: nearly always so."""
+        for staged, put in zip(self.members, data, strict=True):
+            tensor = staged.tensor
+            if (
+                place_of(tensor) != place_of(put)
+                or staged.member.version != staged.version
+                or is_noted(tensor)
+                or staged.norms
+            ):
+                return False
+        return True
+
+    def point(self, data: Sequence[torch.Tensor]) -> None:
+        """Give every tensor other data."""
+        for staged, put in zip(self.members, data, strict=True):
+            exchange_data(staged.tensor, put)
+
+    def generations(self, byte_offset: int, nbytes: int) -> tuple[int, ...]:
+        """How often a range of the slab changed."""
+        return tuple(staged.generation for staged in self.members if staged.overlaps(byte_offset, nbytes))
+
+    def touch(self, written: StagedMember) -> None:
+        """Count a change of a tensor, and so of those that share bytes with it."""
+        for staged in self.members:
+            if staged.overlaps(written.slab_offset, written.member.spec.nbytes):
+                staged.generation += 1
