@@ -39,10 +39,16 @@ from dlpoffload.errors import (  # noqa: E402
     SpecError,
 )
 from dlpoffload.planning import Placement, all_mapped, all_staged, pattern_policy  # noqa: E402
-from dlpoffload.torch import OffloadHandle, SplitHandle, offload_  # noqa: E402
+from dlpoffload.torch import (  # noqa: E402
+    OffloadHandle,
+    SplitHandle,
+    borders,
+    offload_,
+)
 from dlpoffload.torch import placed as placed_module  # noqa: E402
 from dlpoffload.torch.borders import BorderForward, moved  # noqa: E402
 from dlpoffload.torch.device_map import DeviceMap, Parts  # noqa: E402
+from dlpoffload.transfer import SlotRing  # noqa: E402
 
 Pair = tuple[str, str]
 
@@ -344,6 +350,17 @@ def test_a_function_over_all_tensors_is_one(pair: Pair) -> None:
     check(module, reference, pair[0])
 
 
+def test_a_function_that_one_device_refuses_changes_nothing(pair: Pair) -> None:
+    module = Tower(4, 32)
+    module.layers[3].double()
+    handle = offload_split(module, {"": pair[0], "layers.3": pair[1]}, units=["layers.*"])
+    values = {name: tensor.clone() for name, tensor in tensors_of(module).items()}
+    with pytest.raises(OffloadError, match=rf"layers.3.*float64 for {pair[1]}"):
+        module._apply(lambda tensor: tensor.float() if tensor.dtype == torch.float64 else tensor * 2)
+    assert all(same(tensor, values[name]) for name, tensor in tensors_of(module).items())
+    handle.restore_()
+
+
 def test_a_deep_copy_is_another_on_the_same_devices(pair: Pair) -> None:
     module, reference, handle = tower(pair)
     module.layers[4].tag = [1]
@@ -369,6 +386,12 @@ def test_backward_goes_to_adapters_and_no_further(pair: Pair) -> None:
     with pytest.raises(GradientError, match="offloaded"):
         module(x).sum().backward()
     assert x.grad is None
+    gain = torch.ones((), device=torch_device_of(pair[1]), requires_grad=True)
+    hook = module.layers[7].register_forward_hook(lambda _, __, output: output * gain)
+    with pytest.raises(GradientError):
+        module(x).sum().backward()
+    hook.remove()
+    assert gain.grad is None  # refused before anything has accumulated
     module.requires_grad_(False)
     reference.requires_grad_(False)
     for _ in range(2):
@@ -531,6 +554,38 @@ def test_a_border_brings_positional_and_keyword_inputs_over() -> None:
     assert module(torch.ones(1, 3), input2=torch.ones(1, 3)).is_meta
     forward.remove()
     assert "forward" not in module.__dict__
+
+
+def test_a_call_is_a_step_of_every_ring_and_moves_outputs_back(
+    two_cpus: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, _, _ = tower()
+    steps: list[tuple[str, str]] = []
+    values: list[Any] = []
+
+    def noted(name: str) -> None:
+        original = getattr(SlotRing, name)
+
+        def call(self: SlotRing, **options: Any) -> None:
+            steps.append((name, self.driver.device))
+            original(self, **options)
+
+        monkeypatch.setattr(SlotRing, name, call)
+
+    noted("begin_step")
+    noted("end_step")
+    monkeypatch.setattr(borders, "moved", lambda value, device: values.append(value) or moved(value, device))
+    x = vector(0)
+    out = module(x)
+    assert sorted(steps[:2]) == [("begin_step", "cpu"), ("begin_step", "cpu:1")]
+    assert sorted(steps[2:]) == [("end_step", "cpu"), ("end_step", "cpu:1")]
+    assert values[0][0][0] is x
+    assert values[-1] is out
+    assert len(values) == 1 + len(module.layers) + 1
+    steps.clear()
+    with pytest.raises(IndexError):
+        module(x, [8])
+    assert len(steps) == 4
 
 
 def test_what_is_moved_is_moved_once_and_the_caller_keeps_his_own() -> None:

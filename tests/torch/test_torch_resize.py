@@ -26,6 +26,7 @@ from dlpoffload.errors import (  # noqa: E402
 from dlpoffload.planning import Placement  # noqa: E402
 from dlpoffload.torch import OffloadHandle, offload_  # noqa: E402
 from dlpoffload.torch import placed as placed_module  # noqa: E402
+from dlpoffload.torch.offloading import Offloading  # noqa: E402
 
 SOME = [case for case in CASES if case.name in ("decoder_tied", "encoder_decoder", "mixture", "odd_tensors", "unet")]
 some = pytest.mark.parametrize("case", SOME, ids=lambda case: case.name)
@@ -298,9 +299,18 @@ def test_a_host_without_a_page_to_spare(
     act: str, cpu_driver: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The way back needs no more pinned memory than there was: what was tried is let go of before."""
-    cpu_driver(host_limit_nbytes=4 * 40960 if act != "wake" else 8 * 40960)  # in whole pages, of 37440 bytes a layer
+    layer = 40960  # pinned, in whole pages, of 37568 bytes
+    cpu_driver(host_limit_nbytes=8 * layer if act == "wake" else 5 * layer)
     module, reference, handle = tower("cpu", 4 * 37632 + 2 * 37632)
     assert len(handle.plan.streamed_units) == 4
+    move, pinned = Offloading.move, []
+
+    def moving(self: Offloading, *args: Any, back: bool = False) -> Any:
+        if back:
+            pinned.append(pinned_nbytes())
+        return move(self, *args, back=back)
+
+    monkeypatch.setattr(Offloading, "move", moving)
     before, used = handle.plan, pinned_nbytes()
     if act == "wake":
         handle.sleep()
@@ -324,8 +334,10 @@ def test_a_host_without_a_page_to_spare(
         handle.wake()
     else:
         with pytest.raises(HostMemoryError):
-            handle.sleep() if act == "sleep" else handle.resize_(3 * 37632)
+            handle.sleep() if act == "sleep" else handle.resize_(2 * 37632)
         assert not handle.asleep
     assert handle.plan == before
     assert pinned_nbytes() == used
+    assert len(pinned) == 1
+    assert pinned[0] <= (8 * 37568 if act == "wake" else used)
     check(module, reference, "cpu")
