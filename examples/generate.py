@@ -30,6 +30,8 @@ CONFIG = LlamaConfig(
 )
 
 device = sys.argv[1] if len(sys.argv) > 1 else dlpo.default_device()
+if device == "cpu":
+    torch.set_num_threads(max(torch.get_num_threads() - 1, 1))  # leaves a core to the copies
 torch.manual_seed(0)
 model = AutoModelForCausalLM.from_config(CONFIG).to(device).eval()
 weights = model.get_memory_footprint()
