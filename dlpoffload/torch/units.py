@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 import torch
 from torch import nn
@@ -16,6 +17,8 @@ from .tree import Member
 from .watched import exchange_data, is_noted, written_as_data
 
 __all__ = ["StagedMember", "StagedUnit", "home_tensor"]
+
+_STATISTIC_NBYTES: Final = 64 << 10
 
 
 def home_tensor(view: View, member: Member) -> torch.Tensor:
@@ -35,8 +38,9 @@ class StagedMember:
         How often the bytes changed; what autograd saved before refers to older ones.
     tensor : torch.Tensor
         The Parameter or buffer object.
-    norms : tuple of torch.nn.Module
-        Batch norms whose running statistic it is. In training their forward writes it, and torch counts no write.
+    keepers : tuple of torch.nn.Module
+        Modules whose running statistic it may be: a small floating buffer. In training, what `F.batch_norm` writes
+        there is counted by no version.
     """
 
     member: Member
@@ -46,15 +50,13 @@ class StagedMember:
     version: int
     generation: int = 0
     tensor: torch.Tensor = field(init=False)
-    norms: tuple[nn.Module, ...] = field(init=False)
+    keepers: tuple[nn.Module, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         self.tensor = self.member.tensor
-        self.norms = tuple(
-            module
-            for module, attribute, _ in self.member.places
-            if isinstance(module, nn.modules.batchnorm._NormBase) and attribute in ("running_mean", "running_var")
-        )
+        small = self.tensor.is_floating_point() and self.member.spec.nbytes <= _STATISTIC_NBYTES
+        places = self.member.places if small else []
+        self.keepers = tuple(module for module, attribute, _ in places if attribute in module._buffers)
 
     @property
     def at_home(self) -> bool:
@@ -63,8 +65,8 @@ class StagedMember:
 
     @property
     def written_unseen(self) -> bool:
-        """Whether its unit's forward writes it without torch's count going up."""
-        return any(norm.training for norm in self.norms)
+        """Whether its unit's forward may write it without torch's count going up."""
+        return any(keeper.training for keeper in self.keepers)
 
     def was_written(self) -> bool:
         """Whether torch saw a write since we looked last."""
@@ -122,7 +124,7 @@ class StagedUnit:
                 place_of(tensor) != place_of(put)
                 or staged.member.version != staged.version
                 or is_noted(tensor)
-                or staged.norms
+                or (staged.keepers and staged.written_unseen)
             ):
                 return False
         return True

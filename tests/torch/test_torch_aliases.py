@@ -120,6 +120,31 @@ def test_an_update_from_the_tensor_itself(device: str, policy: str) -> None:
     check(module, reference, device)
 
 
+def test_statistics_of_a_module_of_ones_own(device: str) -> None:
+    """What F.batch_norm writes is counted by no version."""
+
+    class Norm(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(WIDTH))
+            self.register_buffer("variance", torch.ones(WIDTH))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return functional.batch_norm(super().forward(x), self.mean, self.variance, training=self.training)
+
+    module, reference, handle = pair(device, kind=Norm)
+    for mode in (True, True, False, True, False):
+        module.train(mode)
+        reference.train(mode)
+        check(module, reference, device)
+        for (name, found), wanted in zip(module.named_buffers(), reference.buffers(), strict=True):
+            assert same(found, wanted), name
+    backs = handle.report(link=False).stats.write_backs
+    assert backs == 3 * 3 * 5 * 2
+    check(module, reference, device)
+    assert handle.report(link=False).stats.write_backs == backs  # not in evaluation
+
+
 # ------------------------------------------------------------------------------------------- views that escape
 
 
