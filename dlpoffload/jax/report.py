@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from ..planning import Placement, Plan
+from ..reporting import Rows
 from ..spec import format_nbytes
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 __all__ = ["ProgramReport", "Report"]
 
@@ -40,7 +36,7 @@ class ProgramReport:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class Report(Rows):
     """A snapshot. Printing it gives a table.
 
     Attributes
@@ -93,20 +89,3 @@ class Report:
             text = f"{program.copies} copies a call, {format_nbytes(program.copied_nbytes)}; {ring}"
             rows.append((f"program {program.name}", text))
         return rows
-
-    def __rich__(self) -> Table:
-        from rich.table import Table
-
-        table = Table(title="offload report", show_header=False, title_justify="left")
-        table.add_column(style="bold", no_wrap=True)
-        table.add_column()
-        for row in self.rows():
-            table.add_row(*row)
-        return table
-
-    def __str__(self) -> str:
-        from rich.console import Console
-
-        out = io.StringIO()
-        Console(file=out, width=100, color_system=None).print(self)
-        return out.getvalue().rstrip()

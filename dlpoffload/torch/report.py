@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from ..driver import Driver
 from ..planning import Placement, Plan
+from ..reporting import Rows
 from ..spec import format_nbytes
 from ..transfer import Link, TransferStats, measure_link
 
 if TYPE_CHECKING:
     from rich.console import Group
-    from rich.table import Table
 
 __all__ = ["ByDevice", "Report", "link_of", "snapshot"]
 
@@ -25,7 +24,7 @@ _MODES: Final = {"map": "mapped", "copy": "copied"}
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class Report(Rows):
     """A snapshot. Printing it gives a table.
 
     Attributes
@@ -135,23 +134,6 @@ class Report:
         }
         rows += [(name, str(value)) for name, value in seldom.items() if value]
         return rows
-
-    def __rich__(self) -> Table:
-        from rich.table import Table
-
-        table = Table(title="offload report", show_header=False, title_justify="left")
-        table.add_column(style="bold", no_wrap=True)
-        table.add_column()
-        for row in self.rows():
-            table.add_row(*row)
-        return table
-
-    def __str__(self) -> str:
-        from rich.console import Console
-
-        out = io.StringIO()
-        Console(file=out, width=100, color_system=None).print(self)
-        return out.getvalue().rstrip()
 
 
 class ByDevice(Mapping[str, _Shown]):

@@ -31,7 +31,7 @@ MEMORY = PINNING | {
     "filemap",
     "memory",
 }
-ADAPTER = MEMORY | {"slab", "checkpoint", "store", "planning", "transfer"}
+ADAPTER = MEMORY | {"slab", "checkpoint", "store", "planning", "reporting", "transfer"}
 
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
@@ -56,6 +56,7 @@ ALLOWED: dict[str, set[str]] = {
     "memory": (MEMORY - {"memory", "filemap"}) | {"_native"},
     "slab": MEMORY,
     "planning": VALUES,
+    "reporting": set(),
     "checkpoint": VALUES,
     "store": MEMORY | {"slab", "checkpoint"},
     "transfer": MEMORY | {"slab"},
@@ -75,7 +76,7 @@ DOORS: dict[str, set[str]] = {
     "jax": {"jax"},
     "jaxlib": {"jax"},
     "numpy": {"jax"},
-    "rich": {"cli", "jax.report", "planning", "torch.report"},
+    "rich": {"cli", "planning", "reporting", "torch.report"},
     "safetensors": {"checkpoint"},
     "_native": {"blocks", "chunked", "copies", "filemap", "lifetime", "pages", "producers", "view"},
 }
