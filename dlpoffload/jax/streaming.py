@@ -18,7 +18,7 @@ from .placing import Home
 from .program import Id, Program, flatten
 from .report import ProgramReport
 from .schedule import schedule
-from .staging import on_device
+from .staging import on_device, tie
 
 __all__ = ["Staging", "Weights", "run_streamed", "streamed"]
 
@@ -252,6 +252,11 @@ def _backward(
     types = streamed.closed.out_avals
     moving = [i for i, kind in enumerate(types) if jax.numpy.issubdtype(kind.dtype, jax.numpy.inexact)]
     given = [_instantiated(cotangents[i]) for i in moving]
+    # The ring of the way back opens when that of the way there is through, or both would be on the device at once.
+    staged = list(homes)
+    weights_behind, given = tie([residuals[i] for i in staged], given)
+    for i, weight in zip(staged, weights_behind, strict=True):
+        residuals[i] = weight
 
     def back(*leaves: Any) -> Any:
         restored = list(leaves[: len(residuals)])
