@@ -24,14 +24,13 @@ FORMS = {
     "resident": "everything on the device",
     "streamed loop": "dlpoffload: handle.streamed, a Python loop in one jit",
     "streamed scan": "dlpoffload: handle.streamed, lax.scan over a stack",
-    "unrolled scan": "dlpoffload: the same with unroll_scans=True",
     "stream_blocks": "dlpoffload: stream_blocks, an eager loop over a jitted block",
     "mapped": "dlpoffload: computing on mapped arrays (UVA)",
     "jax scan": "JAX: pinned_host stack, device_put in the body of lax.scan",
     "jax loop": "JAX: pinned_host list, device_put in one jit",
     "jax eager": "JAX: device_put of each block before a jitted block",
 }
-OURS = ("streamed loop", "streamed scan", "unrolled scan", "stream_blocks", "mapped")
+OURS = ("streamed loop", "streamed scan", "stream_blocks", "mapped")
 
 
 def arguments() -> argparse.Namespace:
@@ -136,10 +135,9 @@ def made(form: str, args: argparse.Namespace, at: Any) -> tuple[Callable[[Any], 
     del host
 
     put = lambda layer: jax.device_put(layer, jax.memory.Space.Device)  # noqa: E731
-    if handle is not None and form in OURS[:3]:
+    if handle is not None and form in OURS[:2]:
         body = scan if scanned else loop
-        unroll = form == "unrolled scan"
-        fun = jax.jit(handle.streamed(lambda tree, x: body(tree["layers"], x), unroll_scans=unroll))
+        fun = jax.jit(handle.streamed(lambda tree, x: body(tree["layers"], x)))
         whole = {"layers": tree}
         compiled = fun.lower(whole, x).compile()
         step: Callable[[Any], Any] = lambda x: compiled(whole, x)  # noqa: E731

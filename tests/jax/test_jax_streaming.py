@@ -253,19 +253,6 @@ def test_a_scan_is_bitwise_and_bounded(
     assert handle.plan.slots == min(slots, depth)
 
 
-@pytest.mark.parametrize("fun", models.SCANS, ids=ids)
-def test_a_scan_can_be_written_out(
-    rng: np.random.Generator, x: Any, at: Any, device: str, fun: Callable[..., Any]
-) -> None:
-    params = models.stacked(models.blocks(rng, 8))
-    tree, handle = offloaded(params, device, units=None, stacked=["layers"])
-    turned = handle.streamed(fun)
-    written = handle.streamed(fun, unroll_scans=True)
-    assert "scan[" in str(jax.make_jaxpr(turned)(tree, x))
-    assert "scan[" not in str(jax.make_jaxpr(written)(tree, x))
-    models.close(jax.jit(written)(tree, x), jax.jit(fun)(models.resident(params), x))
-
-
 def test_gradients_through_a_scan(rng: np.random.Generator, x: Any, at: Any, device: str) -> None:
     params = models.stacked(models.blocks(rng, 8))
     tree, handle = offloaded(params, device, units=None, stacked=["layers"])
