@@ -74,7 +74,7 @@ def _halves(turns: _Turns, state: list[Any], outputs: list[Any], half: int) -> t
     def loop(held: Any, _: None) -> tuple[Any, None]:
         first, state, outputs = held
         state, ring = turns.opened(first, state)
-        state, _, outputs = turns.run(first, half, state, ring, outputs, rows=half)
+        state, ring, outputs = turns.run(first, half, state, ring, outputs, rows=half)
         return (first + half, state, outputs), None
 
     (_, state, outputs), _ = lax.scan(loop, (0, state, outputs), None, length=2)

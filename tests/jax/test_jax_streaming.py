@@ -253,6 +253,14 @@ def test_a_scan_is_bitwise_and_bounded(
     assert handle.plan.slots == min(slots, depth)
 
 
+@pytest.mark.parametrize("fun", models.SCANS, ids=ids)
+def test_a_scan_outside_of_cuda_graphs(rng: np.random.Generator, x: Any, device: str, fun: Callable[..., Any]) -> None:
+    params = models.stacked(models.blocks(rng, 8))
+    tree, handle = offloaded(params, device, units=None, stacked=["layers"])
+    run = jax.jit(handle.streamed(fun), compiler_options=dict(dj.COMPILER_OPTIONS))
+    assert models.same(run(tree, x), jax.jit(handle.streamed(fun))(tree, x))
+
+
 def test_gradients_through_a_scan(rng: np.random.Generator, x: Any, at: Any, device: str) -> None:
     params = models.stacked(models.blocks(rng, 8))
     tree, handle = offloaded(params, device, units=None, stacked=["layers"])
