@@ -50,7 +50,7 @@ ALLOWED: dict[str, set[str]] = {
     "filemap": PINNING | {"_native"},
     "labels": VALUES,
     "view": DRIVERS | {"_native", "lifetime", "blocks", "copies", "labels"},
-    "copies": DRIVERS | {"_native", "registrations", "blocks"},
+    "copies": DRIVERS | {"_native", "registrations", "blocks", "pages"},
     "producers": DRIVERS | {"_native", "lifetime", "view"},
     "buffer": DRIVERS | {"background", "lifetime", "blocks", "view"},
     "memory": (MEMORY - {"memory", "filemap"}) | {"_native"},
