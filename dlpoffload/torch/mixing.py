@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["explained"]
 
-_MIXED = re.compile(r"\bsame device\b|is not on the expected device")
+_MIXED = re.compile(r"\bsame device\b|is not on the expected device|two different devices")
 _CONVOLVED = re.compile(r"Input type \((\S+)\) and (?:weight|bias) type \((\S+)\)")
 """A convolution names both types, which differ by their dtype otherwise."""
 
@@ -32,27 +32,34 @@ def explained(error: RuntimeError, parts: Parts) -> PlanError | None:
     types = _CONVOLVED.search(said)
     if not _MIXED.search(said) and (types is None or len({".cuda." in kind for kind in types.groups()}) == 1):
         return None
-    running = [module for module in _modules(error.__traceback__) if parts.path_of(module) is not None]
-    module = running[-1] if running else parts.root
-    path, devices = parts.path_of(module), parts.devices_of(module)
-    name = f'"{path}" ({type(module).__name__})' if path else f"this {type(module).__name__}"
-    own = devices[0] if devices else parts.home
-    borders = {id(border) for border, _ in parts.borders()}
-    moved = [each for each in running if id(each) in borders and (each is module or len(parts.devices_of(each)) == 1)]
-    if len(devices) > 1:
-        found = f"the forward of {name} combines what its parts on {' and '.join(devices)} gave it"
-        remedy = "inputs are moved to a part's device, but outputs stay where they were computed; " + (
-            f'map the whole of it to one device (device_map={{..., "{path}": "{own}"}}), or move them in its forward'
-            if path
-            else "map whole blocks, or move them in its forward"
+    running = [parts.root, *(m for m in _modules(error.__traceback__) if parts.path_of(m) is not None)]
+    last_split = max(index for index, module in enumerate(running) if module is parts.root or parts.is_split(module))
+    around, entered = running[last_split], running[last_split + 1 : last_split + 2]
+    if not entered:
+        path, devices = parts.path_of(around), parts.devices_of(around)
+        found = f"the forward of {_said(around, path)} combines what its parts on {' and '.join(devices)} gave it"
+        whole = (
+            f'the whole of it to one device (device_map={{..., "{path}": "{devices[0]}"}})' if path else "whole blocks"
         )
-    elif any(module in each.modules() for each in moved):
-        found = f"{name} uses a tensor on another device, which is none of its inputs"
+        remedy = (
+            "inputs are moved to a part's device, but outputs stay where they were computed; "
+            f"map {whole}, or move them in its forward"
+        )
+    elif entered[0] in (border for border, _ in parts.borders()):
+        found = f"{_said(running[-1], parts.path_of(running[-1]))} uses a tensor on another device than its inputs"
         remedy = "attributes, and what lies in an object such as a cache, are not moved; make it where the inputs are"
     else:
-        found = f"{name} is given a tensor on another device by code outside of what lies with it on one"
-        remedy = f'name it in the map, so that its inputs are moved as well: device_map={{..., "{path}": "{own}"}}'
+        path, device = parts.path_of(entered[0]), next(iter(parts.devices_of(entered[0])), parts.home)
+        found = f"{_said(entered[0], path)} is called with a tensor on another device, and is no border"
+        remedy = (
+            "inputs are moved to the parts of what is split, and where the map names a module; name this one as well: "
+            f'device_map={{..., "{path}": "{device}"}}'
+        )
     return PlanError(f"{found}: {said.splitlines()[0].rstrip('.!')}; {remedy}")
+
+
+def _said(module: nn.Module, path: str | None) -> str:
+    return f'"{path}" ({type(module).__name__})' if path else f"this {type(module).__name__}"
 
 
 def _modules(trace: TracebackType | None) -> Iterator[nn.Module]:
