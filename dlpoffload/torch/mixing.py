@@ -30,7 +30,8 @@ def explained(error: RuntimeError, parts: Parts) -> PlanError | None:
     """What an error of torch inside of a model means for its device map; None where it is about something else."""
     said = str(error)
     types = _CONVOLVED.search(said)
-    if not _MIXED.search(said) and (types is None or len({".cuda." in kind for kind in types.groups()}) == 1):
+    convolved = types is not None and len({".cuda." in kind for kind in types.groups()}) > 1
+    if len(parts.names) == 1 or not (convolved or _MIXED.search(said)):
         return None
     running = [parts.root, *(m for m in _modules(error.__traceback__) if parts.path_of(m) is not None)]
     last_split = max(index for index, module in enumerate(running) if module is parts.root or parts.is_split(module))

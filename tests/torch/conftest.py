@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from dlpoffload import driver as drivers
+from dlpoffload import memory
 from dlpoffload.driver.cpu import CpuDriver
+from dlpoffload.errors import HostMemoryError
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -96,3 +98,19 @@ def two_cpus() -> Iterator[Callable[..., Any]]:
 
         yield put
         drivers._installed["cpu:1"].synchronize()
+
+
+@pytest.fixture
+def refuse(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """``refuse(3)``: the third pinned buffer from now on is refused, and only that."""
+    real = memory.allocate_pinned
+    left = [0]
+
+    def allocate(nbytes: int, *args: Any, **options: Any) -> Any:
+        left[0] -= 1
+        if left[0] == 0:
+            raise HostMemoryError(f"{nbytes} bytes refused by the test", nbytes=nbytes)
+        return real(nbytes, *args, **options)
+
+    monkeypatch.setattr(memory, "allocate_pinned", allocate)
+    return lambda which: left.__setitem__(0, which)

@@ -237,6 +237,7 @@ def test_which_errors_of_torch_are_meant(said: str, two_cpus: object) -> None:
     found = mixing.explained(RuntimeError(said), parts)
     assert isinstance(found, PlanError) is TORCH_SAYS[said]
     assert found is None or said.rstrip("!") in str(found)
+    assert mixing.explained(RuntimeError(said), Parts(Tower(4), DeviceMap({"": "cpu"}))) is None
 
 
 def test_other_errors_pass_as_they_are(two_cpus: object) -> None:
