@@ -103,8 +103,9 @@ def offload_(
     device_map
         Which module is on which of several devices, as ``{"": "cuda:0", "model.layers.16": "cuda:1"}``: by module
         paths, or patterns on them. Of what holds for a module the nearest counts: its own path, then that of the
-        module around it, and so on; ``""`` is the whole. Inputs are moved where a module's are needed, outputs of the
-        whole to the device of the first input.
+        module around it, and so on; ``""`` is the whole. Inputs are moved to the device of a part of what is split, and
+        of what the map names; outputs stay, but those of the whole go to the device of the first input. A forward that
+        mixes tensors of two devices then raises PlanError, which says what to map.
     units
         What is staged together: patterns on module paths (``"model.layers.*"``). Left out, the repeated containers
         are found. See `planning.choose_units`.

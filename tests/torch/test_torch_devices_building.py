@@ -18,7 +18,7 @@ from stored_models import looks, on_meta, pinned, saved, stored  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from dlpoffload import memory  # noqa: E402
-from dlpoffload.checkpoint import concat, part  # noqa: E402
+from dlpoffload.checkpoint import align, concat, part  # noqa: E402
 from dlpoffload.driver import open_driver  # noqa: E402
 from dlpoffload.errors import (  # noqa: E402
     AliasError,
@@ -181,17 +181,19 @@ def test_everything_else_goes_on_from_there(pair: Pair, tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------- mapped
 
 
-def mappable(pair: Pair) -> None:
-    for device in pair:
-        if not open_driver(device).capabilities().read_only_host_register:
-            pytest.skip(f"{device} pins no read-only memory")
+def mappable(folder: Path, module: nn.Module) -> Path:
+    """A checkpoint of which each tensor lies on a boundary, so that kernels may read it where it lies."""
+    align(saved(folder, stored(module)) / "model.safetensors", folder / "aligned.safetensors")
+    return folder / "aligned.safetensors"
 
 
 @pytest.mark.parametrize("policy", [all_staged, all_mapped], ids=lambda policy: policy.__name__)
 def test_mapped(policy: Any, pair: Pair, tmp_path: Path) -> None:
-    mappable(pair)
+    for device in pair:
+        if not open_driver(device).capabilities().read_only_host_register:
+            pytest.skip(f"{device} pins no read-only memory")
     reference, model = towers()
-    path = saved(tmp_path, stored(reference)) / "model.safetensors"
+    path = mappable(tmp_path, reference)
     before = path.read_bytes()
     options: dict[str, Any] = {"policy": policy, "checkpoint": path, "mode": "map"}
     options |= {"units": LAYERS} if policy is all_staged else {}
@@ -221,8 +223,8 @@ def test_mapped(policy: Any, pair: Pair, tmp_path: Path) -> None:
 def test_auto_maps_where_it_can(two_cpus: Callable[..., SecondCpu], tmp_path: Path) -> None:
     two_cpus(read_only_host_register=False)
     reference, model = towers()
-    path = saved(tmp_path, stored(reference))
-    options: dict[str, Any] = {"device_map": half(), "checkpoint": path, "units": LAYERS, "policy": all_staged}
+    options: dict[str, Any] = {"device_map": half(), "units": LAYERS, "policy": all_staged}
+    options["checkpoint"] = mappable(tmp_path, reference)
     before, used = looks(model), pinned()
     with pytest.raises(RegistrationError):
         offload_(model, both(("cpu", "cpu:1"), "1MiB"), mode="map", **options)
