@@ -38,7 +38,7 @@ class Offloader:
     Parameters
     ----------
     device_budget, device, units, slots, policy, cost, pageable, stage_unmapped
-        See `offload_`.
+        See `offload_`. One device: where in the model a layer will stand, which a map goes by, is not known yet.
     """
 
     def __init__(

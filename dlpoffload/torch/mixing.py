@@ -56,7 +56,8 @@ def explained(error: RuntimeError, parts: Parts) -> PlanError | None:
             "inputs are moved to the parts of what is split, and where the map names a module; name this one as well: "
             f'device_map={{..., "{path}": "{device}"}}'
         )
-    return PlanError(f"{found}: {said.splitlines()[0].rstrip('.!')}; {remedy}")
+    line = next(line for line in said.splitlines() if _MIXED.search(line) or _CONVOLVED.search(line))
+    return PlanError(f"{found}: {line.strip().rstrip('.!')}; {remedy}")
 
 
 def _said(module: nn.Module, path: str | None) -> str:
