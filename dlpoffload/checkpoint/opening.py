@@ -8,16 +8,19 @@ from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
 from types import TracebackType
-from typing import Self
+from typing import Final, Self
 
 from ..errors import CheckpointError, SpecError
-from ..spec import TensorSpec
+from ..spec import TensorSpec, format_nbytes
 from .assembly import Assembly
 from .reading import Progress, read_into
 from .recipe import Recipe, assemblies, differences
-from .shard import Shard, open_shard, without_duplicates
+from .shard import Shard, open_regular, open_shard, without_duplicates
 
-__all__ = ["Checkpoint", "open_checkpoint"]
+__all__ = ["Checkpoint", "index_text", "open_checkpoint"]
+
+_INDEX_NBYTES: Final = 100_000_000
+"""What safetensors allows a header, which says more about each tensor."""
 
 
 class Checkpoint:
@@ -194,12 +197,27 @@ def _open_sharded(path: Path, files: ExitStack) -> Checkpoint:
     return Checkpoint(path, shards, files)
 
 
+def index_text(path: Path) -> bytes:
+    """The bytes of an index, which are few: what is larger is none, and is not read into memory."""
+    with ExitStack() as files:
+        file = open_regular(path, files)
+        try:
+            text = file.read(_INDEX_NBYTES + 1) or b""
+            while len(text) <= _INDEX_NBYTES and (more := file.read(_INDEX_NBYTES + 1 - len(text))):
+                text += more
+        except OSError as error:
+            raise CheckpointError(f'"{path}" cannot be read: {error.strerror}; check the disk') from error
+    if len(text) > _INDEX_NBYTES:
+        raise CheckpointError(
+            f'"{path}" is no index of a checkpoint: it is larger than {format_nbytes(_INDEX_NBYTES)}; fetch it again'
+        )
+    return text
+
+
 def _read_index(path: Path) -> dict[str, list[str]]:
     """The tensors of each shard that an index names."""
     try:
-        index = json.loads(path.read_bytes(), object_pairs_hook=without_duplicates)
-    except OSError as error:
-        raise CheckpointError(f'"{path}" cannot be opened: {error.strerror}; check the path') from error
+        index = json.loads(index_text(path), object_pairs_hook=without_duplicates)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f'"{path}" is no index of a checkpoint: {error}; fetch it again') from error
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
