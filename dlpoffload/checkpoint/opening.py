@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
+from io import BufferedReader
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Final, Self
@@ -151,6 +152,8 @@ def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
         missing, a shard lacks a tensor, or two shards have the same one. Every file is closed again.
     MissingFrameworkError
         The library safetensors is not installed.
+    HostMemoryError
+        The process may not map the file, to read its header (``ulimit -v``).
     """
     path = _chosen(Path(source))
     with ExitStack() as files:
@@ -201,17 +204,16 @@ def index_text(path: Path) -> bytes:
     """The bytes of an index, which are few: what is larger is none, and is not read into memory."""
     with ExitStack() as files:
         file = open_regular(path, files)
+        nbytes = os.fstat(file.fileno()).st_size
+        if nbytes > _INDEX_NBYTES:
+            raise CheckpointError(
+                f'"{path}" is no index of a checkpoint: it has {format_nbytes(nbytes)}, which is more than '
+                f"{format_nbytes(_INDEX_NBYTES)}; pass the file of the index"
+            )
         try:
-            text = file.read(_INDEX_NBYTES + 1) or b""
-            while len(text) <= _INDEX_NBYTES and (more := file.read(_INDEX_NBYTES + 1 - len(text))):
-                text += more
+            return BufferedReader(file).read(nbytes)
         except OSError as error:
             raise CheckpointError(f'"{path}" cannot be read: {error.strerror}; check the disk') from error
-    if len(text) > _INDEX_NBYTES:
-        raise CheckpointError(
-            f'"{path}" is no index of a checkpoint: it is larger than {format_nbytes(_INDEX_NBYTES)}; fetch it again'
-        )
-    return text
 
 
 def _read_index(path: Path) -> dict[str, list[str]]:

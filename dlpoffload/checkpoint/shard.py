@@ -17,7 +17,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, Final
 
-from ..errors import CheckpointError, MissingFrameworkError, SpecError
+from ..errors import CheckpointError, HostMemoryError, MissingFrameworkError, SpecError
 from ..spec import TensorSpec, format_nbytes
 
 __all__ = ["Shard", "Stored", "Watch", "open_regular", "open_shard", "without_duplicates"]
@@ -173,6 +173,14 @@ def _validated(path: Path) -> dict[str, tuple[str, list[int]]]:
         ) from error
     except OSError as error:
         raise CheckpointError(f'"{path}" cannot be mapped: {error}') from error
+    except MemoryError as error:
+        nbytes = os.stat(path).st_size
+        raise HostMemoryError(
+            f'the library safetensors maps all of "{path}", {format_nbytes(nbytes)}, to read its header, and was '
+            f"refused: {error}; raise the limit of this process's address space (ulimit -v)",
+            nbytes=nbytes,
+            limit="address space",
+        ) from error
 
 
 def _read_header(

@@ -127,9 +127,9 @@ PyType_Spec import_spec = {
 /* Copy shape and strides out where there may be any, and check the layout. */
 static const char *tensor_fault(const DLTensor *tensor, int64_t *shape, int64_t *strides) {
     if (tensor->byte_offset > UINT64_MAX - (uint64_t)(uintptr_t)tensor->data) return "the byte offset overflows";
-    if (tensor->ndim > 0 && tensor->ndim <= DLPO_MAX_NDIM) {
+    if (tensor->ndim > 0 && tensor->ndim <= DLPO_MAX_NDIM && tensor->shape) {
         size_t nbytes = (size_t)tensor->ndim * sizeof *shape;
-        if (tensor->shape) memcpy(shape, tensor->shape, nbytes);
+        memcpy(shape, tensor->shape, nbytes);
         if (tensor->strides) memcpy(strides, tensor->strides, nbytes);
     }
     return layout_fault(first_element(tensor), tensor->ndim, tensor->shape ? shape : NULL,
