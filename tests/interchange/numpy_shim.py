@@ -65,7 +65,8 @@ class Pinned(Ours):
     def _view(self) -> dlpo.View:
         assert self.buffer is not None
         byte_offset = self.ctypes.data - self.buffer.host_pointer if self.size else 0
-        strides = [0 if n == 1 else s // self.itemsize for n, s in zip(self.shape, self.strides, strict=True)]
+        strides: list[Any] = [0 if n == 1 else s / self.itemsize for n, s in zip(self.shape, self.strides, strict=True)]
+        strides = [int(s) if s == int(s) else s for s in strides]  # what is no whole number is ours to refuse
         view = self.buffer.host_view(self.shape, str(self.dtype), strides=strides, byte_offset=byte_offset)
         view.read_only = not self.flags.writeable
         return view
