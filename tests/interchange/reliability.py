@@ -47,7 +47,7 @@ def _excluded(value: Any) -> bool:
 
 
 def _row(suite: str) -> list[str] | None:
-    """Cells behind the first: cases, passed, excluded, reasons."""
+    """Cells behind the first: cases, must pass, excluded, reasons."""
     _, _, section = _PAGE.read_text().partition("\n## Peers' suites\n")
     assert section, "docs/reliability.md has no section of peers' suites"
     for line in section.partition("\n## ")[0].splitlines():
