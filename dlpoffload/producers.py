@@ -40,8 +40,8 @@ def view_of(producer: Any, *, stream: int | None = None) -> View:
     DriverNotFoundError
         Its memory is on a CUDA device, and no driver reaches that.
 
-    Of what the producer's own methods raise, ``BufferError``, ``ValueError`` and ``RuntimeError`` become an `AliasError`;
-    anything else is an error inside of the producer, and passes.
+    Of what the producer's own methods raise, ``BufferError``, ``ValueError`` and ``RuntimeError`` become an
+    `AliasError`; anything else is an error inside of the producer, and passes.
     """
     if isinstance(producer, View):
         return producer

@@ -11,9 +11,12 @@ from harness import GROWTH_NBYTES, fuzz
 
 pytest.importorskip("hypothesis")
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits and guarded pages as Linux has them")
+pytestmark = [
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits as Linux has them"),
+    pytest.mark.timeout(400),  # the fuzzers have a limit of their own, and tell upon which example it passed
+]
 
-EXAMPLES = {"capsules.py": 400, "checkpoints.py": 200}
+EXAMPLES = {"capsules.py": 300, "checkpoints.py": 150}
 """Of each property, in CI. docs/reliability.md says the same numbers."""
 
 
@@ -30,9 +33,18 @@ def test_nothing_that_is_wrong_gets_through(script: str, tmp_path: Path) -> None
         assert endings["consumed in its own deleter"]
     else:
         assert min(examples[name] for name in ("files", "indexes", "changed_while_open")) >= EXAMPLES[script]
-        assert min(endings["read"], endings["refused"]) > 50
+        assert min(endings["read"], endings["refused"]) > 30
         assert endings["refused for memory"] == 3 * examples["more_than_the_machine_has"]
-        assert endings["cut: seen"] and endings["grown: seen"] and endings["written: seen"]
+        assert min(endings[f"{how}: seen"] for how in ("cut", "grown", "written")) > 0
+
+
+@pytest.mark.parametrize("script", sorted(EXAMPLES))
+def test_the_docs_say_how_many(script: str) -> None:
+    page = Path(__file__).parents[2] / "docs" / "reliability.md"
+    if not page.exists():
+        pytest.skip("docs/reliability.md is not beside these tests")
+    (row,) = [line for line in page.read_text().splitlines() if line.startswith(f"| `{script}` |")]
+    assert row.endswith(f"| {EXAMPLES[script]} |")
 
 
 SEGFAULT = """

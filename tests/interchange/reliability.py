@@ -18,9 +18,7 @@ _PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
 def functions_of(*owners: Any) -> list[Any]:
     """The tests of modules' namespaces and classes."""
     spaces = [vars(owner) if inspect.isclass(owner) else owner for owner in owners]
-    return [
-        found for space in spaces for name, found in space.items() if name.startswith("test_") and callable(found)
-    ]
+    return [found for space in spaces for name, found in space.items() if name.startswith("test_") and callable(found)]
 
 
 def check_row(suite: str, functions: Iterable[Any]) -> None:
@@ -36,10 +34,11 @@ def check_row(suite: str, functions: Iterable[Any]) -> None:
         cases += math.prod(len(axis) for axis in axes)
         if not any(mark.name == "xfail" for mark in getattr(function, "pytestmark", [])):
             passed += math.prod(sum(not _excluded(value) for value in axis) for axis in axes)
+    counts = [str(cases), str(passed), str(cases - passed)]
     row = _row(suite)
     if row is None:
-        pytest.skip(f"docs/reliability.md has no row of {suite}; here it has {cases} cases, {passed} of them passed")
-    assert row[:3] == [str(cases), str(passed), str(cases - passed)], f"what the row of {suite} is to say"
+        pytest.skip(f"docs/reliability.md has no row of {suite}, which here is to say {' | '.join(counts)}")
+    assert row[:3] == counts, f"the row of {suite} is to say {' | '.join(counts)}"
 
 
 def _excluded(value: Any) -> bool:

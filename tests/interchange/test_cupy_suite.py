@@ -43,7 +43,9 @@ def buffer(rng: Any) -> Iterator[dlpo.HostBuffer]:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("asked", [{}, {"max_version": (0, 8)}, {"max_version": (1, 0)}, {"max_version": (2, 0)}], ids=str)
+@pytest.mark.parametrize(
+    "asked", [{}, {"max_version": (0, 8)}, {"max_version": (1, 0)}, {"max_version": (2, 0)}], ids=str
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_capsule_of_either_kind(cupy: Any, buffer: dlpo.HostBuffer, name: str, asked: dict[str, Any]) -> None:
     view = buffer.device_view((2, 3), name)
@@ -73,7 +75,7 @@ def test_a_dtype_that_cupy_has_not_gives_its_memory_up(cupy: Any, buffer: dlpo.H
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("shape", "strides"),
-    [((), None), ((0,), None), ((2, 0, 3), None), ((1, 1), (7, 9)), ((3, 4), (1, 3)), ((3, 4), (9, 2)), ((2, 3), (0, 1))],
+    [((), None), ((0,), None), ((2, 0, 3), None), ((1, 1), (7, 9)), ((3, 4), (1, 3)), ((3, 4), (9, 2))],
     ids=str,
 )
 def test_shapes_and_strides(cupy: Any, buffer: dlpo.HostBuffer, shape: Any, strides: Any) -> None:

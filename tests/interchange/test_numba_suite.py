@@ -1,4 +1,4 @@
-"""What numba-cuda does with any producer: `StridedMemoryView` of cuda.core, and kernels that take a view as an argument.
+"""What numba-cuda does with any producer: `StridedMemoryView` of cuda.core, and views as arguments of kernels.
 
 numba-cuda ships its tests (``numba.cuda.tests``), and none of them is of DLPack but one of CuPy's bfloat16: they are of
 ``__cuda_array_interface__``, whose cases for consumers are said here in our own words for `__dlpack__`; so are those
@@ -83,8 +83,10 @@ def test_a_dtype_that_it_has_not_gives_its_memory_up(
 
 @pytest.mark.parametrize("label", LABELS)
 @pytest.mark.parametrize(
-    ("shape", "strides"), [((), None), ((0,), None), ((2, 0, 3), None), ((3, 4), (1, 3)), ((3, 4), (9, 2)), ((2, 3), (0, 1))], ids=str
-)  # fmt: skip
+    ("shape", "strides"),
+    [((), None), ((0,), None), ((2, 0, 3), None), ((3, 4), (1, 3)), ((3, 4), (9, 2)), ((2, 3), (0, 1))],
+    ids=str,
+)
 def test_a_strided_memory_view_of_every_shape(
     strided_memory_view: Any, buffer: dlpo.HostBuffer, shape: Any, strides: Any, label: str
 ) -> None:

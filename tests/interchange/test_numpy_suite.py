@@ -23,8 +23,8 @@ VERSION = ".".join(numpy.__version__.split(".")[:2])
 
 _STREAM = (
     AliasError,
-    "a stream on the CPU is a BufferError here, as the standard has it for what cannot be exported; NumPy's own producer "
-    "raises a RuntimeError or, since 2.5, a ValueError",
+    "a stream on the CPU is a BufferError here, as the standard has it for what cannot be exported; NumPy's own "
+    "producer raises a RuntimeError or, since 2.5, a ValueError",
 )
 _REGISTRY = (
     SpecError,
