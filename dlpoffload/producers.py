@@ -87,9 +87,9 @@ def _told_device(producer: Any) -> tuple[int, int]:
 def _check_device(told: tuple[int, int], device: tuple[int, int]) -> None:
     """Refuse a capsule of another device than was told: its producer then did not order its work for our stream.
 
-    Only page-locked memory may have several names: torch calls its own so, and CPU in the capsule.
+    Host memory may have either of its names: torch calls its own page-locked, and CPU in the capsule.
     """
-    if told[0] == CUDA_HOST or (told == device if CUDA in (told[0], device[0]) else told[0] == device[0]):
+    if told == device or told[0] == CUDA_HOST or {told[0], device[0]} <= {CPU, CUDA_HOST}:
         return
     raise AliasError(f"its __dlpack_device__ says {told}, but its capsule {device}; one of them is not true")
 

@@ -279,7 +279,7 @@ def _agrees(told: Any, device: tuple[int, int]) -> bool:
         return False
     if told[0] == _CUDA_HOST:
         return True
-    return tuple(told) == device if _CUDA in (told[0], device[0]) else told[0] == device[0]
+    return tuple(told) == device or {told[0], device[0]} <= {_CPU, _CUDA_HOST}
 
 
 def _span(lie: Lie, itembits: int) -> tuple[int, int] | None:
