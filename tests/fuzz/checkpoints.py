@@ -97,7 +97,7 @@ def _entry_damage(draw: Any, header: dict[str, Any]) -> None:
     elif what == "twin":
         header[name + "'"] = dict(entry)  # two tensors of the same bytes
     else:
-        header["__metadata__"] = draw(JUNK)
+        header["__metadata__"] = draw(st.sampled_from([None, {}, {"a": None}, {"a": 1}, []]) | JUNK)
 
 
 @st.composite
@@ -298,9 +298,10 @@ def indexes(data: Any) -> None:
     if not outside.exists():
         _written(outside, {"stolen": _one_tensor(1)["a"]}, b"s")
     index: Any = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+    outsiders = ["../outside.safetensors", str(outside), "inner/../../outside.safetensors"]
     elsewhere = st.sampled_from(
         [
-            "../outside.safetensors", str(outside), "inner/../../outside.safetensors", "./1.safetensors", "", ".", "..",
+            *outsiders, "./1.safetensors", "", ".", "..",
             "inner//3.safetensors", "dir.safetensors", "pipe.safetensors", "loop.safetensors", "no.safetensors", "\x00",
             "\ud800.safetensors", "x" * 300, "/dev/zero", "model.safetensors.index.json", "inner/", "~/x", "C:\\x",
         ]
@@ -314,7 +315,7 @@ def indexes(data: Any) -> None:
         if fault == "elsewhere":
             index["weight_map"][data.draw(st.sampled_from([*names, "more"]))] = data.draw(elsewhere)
         elif fault == "stolen":
-            index["weight_map"]["stolen"] = data.draw(elsewhere)
+            index["weight_map"]["stolen"] = data.draw(st.sampled_from(outsiders))
         elif fault == "other":
             index["weight_map"][data.draw(st.sampled_from(names))] = data.draw(st.sampled_from(shards))
         elif fault == "value":
