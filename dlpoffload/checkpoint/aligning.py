@@ -19,7 +19,7 @@ from typing import BinaryIO, Final
 
 from ..errors import CheckpointError
 from ..spec import ALIGNMENT
-from .opening import open_checkpoint
+from .opening import index_text, open_checkpoint
 from .reading import Progress
 from .shard import Shard
 
@@ -82,7 +82,7 @@ def align(source: str | os.PathLike[str], target: str | os.PathLike[str], progre
         files = list(paths)
         if sharded:
             index = target / checkpoint.path.name
-            text = checkpoint.path.read_bytes()
+            text = index_text(checkpoint.path)
             _replace(index, 0o644, lambda file: file.write(text))
             files.append(index)
         return Aligned(tuple(files), len(checkpoint.specs), before, after)
