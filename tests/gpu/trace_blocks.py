@@ -2,9 +2,9 @@
 
     python tests/gpu/trace_blocks.py [--hidden 4096] [--ffn 14336] [--blocks 8] [--steps 6]
 
-The blocks of `bench_blocks.py`, all streamed, one token a step, eager and in a CUDA graph, under torch's profiler (CUPTI):
-how long the copies of a step took and at what rate, the gaps between them by size, and what ran on the device in the
-longest gap. Then the host functions that take the longest while a step is enqueued, by cProfile, which makes all of
+The blocks of `bench_blocks.py`, all streamed, one token a step, eager and in a CUDA graph, under torch's profiler
+(CUPTI): how long the copies of a step took and at what rate, the gaps between them by size, and what ran on the device
+in the longest gap. Then the host functions that take the longest while a step is enqueued, by cProfile, which makes all of
 them slower. For finding what a figure is short of, not for figures.
 """
 
