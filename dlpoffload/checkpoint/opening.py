@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
 from types import TracebackType
@@ -64,6 +64,10 @@ class Checkpoint:
     def shards(self) -> list[Shard]:
         """Every file, in the order of the names."""
         return list(dict.fromkeys(self._homes.values()))
+
+    def on_close(self, call: Callable[[], object]) -> None:
+        """Let `close` make a call as well, once."""
+        self._files.callback(call)
 
     def close(self) -> None:
         """Close the files. Idempotent."""

@@ -20,7 +20,7 @@ from typing import Any, Final
 from ..errors import CheckpointError, MissingFrameworkError, SpecError
 from ..spec import TensorSpec, format_nbytes
 
-__all__ = ["Shard", "Stored", "Watch", "open_shard", "without_duplicates"]
+__all__ = ["Shard", "Stored", "Watch", "open_shard", "stored_as", "without_duplicates"]
 
 _DTYPES: Final = {
     "BOOL": "bool",
@@ -225,3 +225,21 @@ def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
                 raise ValueError(f'"{key}" stands in it twice')
             seen.add(key)
     return found
+
+
+def stored_as(name: str, spec: TensorSpec) -> tuple[str, tuple[int, ...]]:
+    """The dtype and shape under which a row-major tensor stands in a header.
+
+    Raises
+    ------
+    SpecError
+        The format has no such dtype.
+    """
+    for stored_dtype, known in _DTYPES.items():
+        if known == spec.dtype.name:
+            halves = stored_dtype == "F4"
+            return stored_dtype, (*spec.shape[:-1], 2 * spec.shape[-1]) if halves and spec.shape else spec.shape
+    raise SpecError(
+        f'tensor "{name}" is {spec}, and safetensors has no such dtype; known are {", ".join(_DTYPES.values())}; view '
+        "the bytes as uint8"
+    )
