@@ -21,6 +21,7 @@ from .blocks import Block
 from .errors import CheckpointError, HostMemoryError, OffloadError
 from .limits import check_host_budget
 from .pages import populate_threads, refused
+from .seals import is_sealed, seals_of
 from .spec import format_nbytes
 
 __all__ = ["check_sealed", "create_file", "is_in_memory", "map_to_fill", "seal"]
@@ -124,8 +125,7 @@ def check_sealed(descriptor: int, what: str) -> None:
         raise CheckpointError(
             f"{what} belongs to user {status.st_uid}, and this process is user {os.geteuid()}'s; share it as one user"
         )
-    wanted = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
-    if (seals := _seals(descriptor)) < 0 or seals & wanted != wanted:
+    if not is_sealed(descriptor):
         raise CheckpointError(
             f"{what} of {format_nbytes(status.st_size)} is not sealed: whoever fills it is not done, or `share` did "
             "not make it; wait for it with open_shared and its name"
@@ -138,14 +138,4 @@ def is_in_memory(descriptor: int) -> bool:
     Its pages are no page cache that could be dropped: the system counts them as used already, pinned or not.
     """
     status = os.fstat(descriptor)
-    return _seals(descriptor) >= 0 and status.st_blocks * 512 >= status.st_size
-
-
-def _seals(descriptor: int) -> int:
-    """The seals of a file; -1 where it can have none, because it is no memory."""
-    if not hasattr(fcntl, "F_GET_SEALS"):
-        return -1
-    try:
-        return fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
-    except OSError:  # EINVAL, of any other file system
-        return -1
+    return seals_of(descriptor) is not None and status.st_blocks * 512 >= status.st_size

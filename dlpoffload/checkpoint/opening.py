@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
@@ -66,8 +67,9 @@ class Checkpoint:
         return list(dict.fromkeys(self._homes.values()))
 
     def on_close(self, call: Callable[[], object]) -> None:
-        """Let `close` make a call as well, once."""
+        """Let `close` make a call as well; what is dropped, or still open when the interpreter ends, is closed then."""
         self._files.callback(call)
+        weakref.finalize(self, self._files.close)
 
     def close(self) -> None:
         """Close the files. Idempotent."""

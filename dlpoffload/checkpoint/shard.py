@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..errors import CheckpointError, MissingFrameworkError, SpecError
+from ..seals import is_sealed
 from ..spec import TensorSpec, format_nbytes
 
 __all__ = ["Shard", "Stored", "Watch", "open_shard", "stored_as", "without_duplicates"]
@@ -114,7 +115,8 @@ class Watch:
 
 def _check_unchanged(path: Path, descriptor: int, nbytes: int, changed_ns: int) -> None:
     status = os.fstat(descriptor)
-    if (status.st_size, status.st_mtime_ns) != (nbytes, changed_ns):
+    # A write to a sealed file is refused, and sets its time of change all the same.
+    if status.st_size != nbytes or (status.st_mtime_ns != changed_ns and not is_sealed(descriptor)):
         raise CheckpointError(
             f'"{path}" changed while it was read: it had {format_nbytes(nbytes)} when it was '
             f"opened and has {status.st_size} now; read it again when nobody writes to it"

@@ -7,7 +7,6 @@ checked as those of any checkpoint, and it goes wherever a checkpoint goes: `Hos
 from __future__ import annotations
 
 import os
-import weakref
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -147,7 +146,7 @@ def _opened(descriptor: int, what: str, handover: Handover | None = None) -> Che
         check_sealed(descriptor, what)
         checkpoint = open_checkpoint(f"/proc/{os.getpid()}/fd/{descriptor}")
         undo.pop_all()
-    checkpoint.on_close(weakref.finalize(checkpoint, close))
+    checkpoint.on_close(close)
     return checkpoint
 
 
