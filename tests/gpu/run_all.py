@@ -1,6 +1,7 @@
 """Everything that needs a GPU, in one go: the tests, the benchmarks, the demo; a short table last.
 
-    python tests/gpu/run_all.py [--only doctor,tests,blocks,jax,memory,mapping,building,demo,flax,soak] [--soak-seconds 60]
+    python tests/gpu/run_all.py [--only doctor,tests,blocks,jax,memory,mapping,building,demo,flax,soak]
+        [--soak-seconds 60]
 
 Runs what is installed. Each part is a process of its own with its own limit; the exit status is the number of parts
 that failed. Logs go to the folder named by OUT, or to `out`.

@@ -53,6 +53,7 @@ def work(args: argparse.Namespace) -> int:
         refusals = Refusals(driver)
         names = [name for name in LANES if name != "jax" or importlib.util.find_spec("jax")]
         lanes = [LANES[name](name, args.device, args.seed, refusals, args.width) for name in names]
+        driver.synchronize()  # lanes have streams of their own
         end = time.monotonic() + args.seconds
 
         def run(lane: Any) -> None:
@@ -140,7 +141,7 @@ def main() -> int:
         "MALLOC_TRIM_THRESHOLD_": str(MIB),
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-        "XLA_FLAGS": "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false",
+        "XLA_FLAGS": "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false --xla_allow_excess_precision=false",
     }
     command = [sys.executable, *(["-P"] if sys.flags.safe_path else []), __file__, "--inside"]
     command += [f"--{name}={getattr(args, name)}" for name in ("seconds", "device", "seed", "width")]

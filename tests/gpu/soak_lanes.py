@@ -160,6 +160,7 @@ class Lane:
 
     def same(self, found: Tensor, wanted: Tensor, what: str) -> None:
         """Compare bit by bit."""
+        wanted = wanted.to(found.device)
         one, other = (t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (found, wanted))
         if found.shape != wanted.shape or found.dtype != wanted.dtype or not torch.equal(one, other):
             raise AssertionError(f"{self.name}: {what} differs from the resident twin's, after {', '.join(self.log)}")
@@ -333,10 +334,8 @@ class TorchLane(Lane):
         with dlpo.share(self.twin.state_dict(), name), dlpo.open_shared(name) as checkpoint:
             with torch.device("meta"):
                 module = Model(self.width, 6)
-            mode = "map" if self.rng.random() < 0.7 else "copy"
-            handle = offload_(
-                module, self.total, device=self.device, checkpoint=checkpoint, mode=mode, policy=all_staged
-            )
+            options: dict[str, Any] = {"mode": "auto" if self.rng.random() < 0.7 else "copy", "policy": all_staged}
+            handle = offload_(module, self.total, device=self.device, checkpoint=checkpoint, **options)
         tokens = self.tokens()
         with torch.no_grad():
             self.same(module(tokens), self.twin(tokens), "an output from shared memory")
@@ -356,6 +355,7 @@ class JaxLane(Lane):
         from dlpoffload.jax import offload
         from dlpoffload.jax.arrays import jax_device
 
+        jax.config.update("jax_default_matmul_precision", "highest")  # as in the tests: nothing is rounded to TF32
         self.jax, self.np, self.offload = jax, np, offload
         self.at = jax_device(dlpo.open_driver(self.device))
         self.random = np.random.default_rng(self.rng.randrange(1 << 31))
