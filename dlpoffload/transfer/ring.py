@@ -363,7 +363,7 @@ class SlotRing:
 
         After any of them nothing is freed, and the ring stays open.
         """
-        if self._closed:  # as it is in a forked child, which must not call the driver
+        if self.closed:  # as it is in a forked child, which must not call the driver
             return
         with self._lock, self.driver.current(), self.driver.relaxed():
             if self._closed:

@@ -157,7 +157,8 @@ def run(stream: Stream, end: str) -> None:
             begin()
     os.read(ready[0], 1)
     during, taken = pss(os.getpid()) + pss(pid), free - available()
-    for _ in range(20 if stream.store.nbytes >= 1 << 30 else 0):  # what others on this machine take meanwhile is not ours
+    # What others on this machine take meanwhile is not ours; of less than a GiB it cannot be told apart.
+    for _ in range(20 if stream.store.nbytes >= 1 << 30 else 0):
         time.sleep(0.02)
         taken = min(taken, free - available())
     steps.append(stream.step())  # while the child is there
