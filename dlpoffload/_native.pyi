@@ -132,8 +132,8 @@ def dont_fork(address: int, nbytes: int) -> None:
 def buffer_pointer(buffer: Any, /) -> int:
     """Address of the memory behind a contiguous object with the buffer protocol, read-only ones too (0 when empty)."""
 
-def copy(destination: int, source: int, nbytes: int) -> None:
-    """memmove without the GIL."""
+def copy(destination: int, source: int, nbytes: int, threads: int = 1) -> None:
+    """memmove without the GIL, on up to `threads` threads where nothing overlaps."""
 
 def copy_strided(
     destination: int, source: int, itemsize: int, shape: tuple[int, ...], source_strides: tuple[int, ...]

@@ -8,6 +8,7 @@ from . import _native
 from .blocks import Block
 from .driver import Driver
 from .errors import AliasError
+from .pages import host_threads
 from .registrations import uncrossed
 from .spec import TensorSpec
 
@@ -40,7 +41,7 @@ def copy_elements(source: Elements, block: Block, driver: Driver | None) -> Tens
         return TensorSpec(spec.shape, spec.dtype)
     if source.host_pointer is not None and block.host_pointer is not None:
         if spec.is_row_major:
-            _native.copy(block.host_pointer, source.host_pointer, spec.nbytes)
+            _native.copy(block.host_pointer, source.host_pointer, spec.nbytes, host_threads())
             return spec
         packed = TensorSpec(spec.shape, spec.dtype)
         if _overlap(source.host_pointer, spec.nbytes, block.host_pointer, packed.nbytes):

@@ -18,7 +18,7 @@ from .blocks import Block, check_pinning, pinned_block
 from .driver import Driver
 from .errors import RegistrationError
 from .memfile import is_in_memory
-from .pages import populate_threads
+from .pages import host_threads
 from .registrations import registrations, stuck
 
 __all__ = ["check_mappable", "map_file_range"]
@@ -111,7 +111,7 @@ def _populate(
     path: Path, descriptor: int, pointer: int, start: int, length: int, done: Callable[[int], None] | None
 ) -> None:
     """Bring pages in on several threads. What is there already costs little more than looking."""
-    threads = populate_threads()
+    threads = host_threads()
     for at in range(0, length, _PIECE_NBYTES):
         nbytes = min(_PIECE_NBYTES, length - at)
         try:

@@ -20,7 +20,7 @@ from . import _native, lifetime
 from .blocks import Block
 from .errors import CheckpointError, HostMemoryError, OffloadError
 from .limits import check_host_budget
-from .pages import populate_threads, refused
+from .pages import host_threads, refused
 from .seals import is_sealed, seals_of
 from .spec import format_nbytes
 
@@ -84,7 +84,7 @@ def map_to_fill(descriptor: int, nbytes: int) -> Block:
     pointer = _native.buffer_pointer(mapping)
     try:
         _native.dont_fork(pointer, nbytes)  # a child that had it mapped, too, would keep it from being sealed
-        _native.populate(pointer, nbytes, populate_threads())
+        _native.populate(pointer, nbytes, host_threads())
     except OSError as error:
         mapping.close()
         raise refused(nbytes, "populate", error) from error

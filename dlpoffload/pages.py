@@ -15,7 +15,7 @@ from .errors import HostMemoryError, SpecError
 from .limits import host_limits
 from .spec import aligned, format_nbytes, parse_nbytes
 
-__all__ = ["HugePages", "Pages", "PinOptions", "map_pages", "populate", "populate_threads", "refused"]
+__all__ = ["HugePages", "Pages", "PinOptions", "host_threads", "map_pages", "populate", "refused"]
 
 HugePages = Literal["transparent", "hugetlb", "never"]
 
@@ -157,15 +157,15 @@ def populate(pages: Pages, byte_offset: int, nbytes: int) -> None:
     HostMemoryError
         The system has not that much; the mapping stays.
     """
-    threads = populate_threads() if pages.page_nbytes > _PAGE else 1
+    threads = host_threads() if pages.page_nbytes > _PAGE else 1
     try:
         _native.populate(pages.pointer + byte_offset, nbytes, threads)
     except OSError as error:
         raise refused(nbytes, "populate", error) from error
 
 
-def populate_threads() -> int:
-    """Threads that fault pages in: what this process may run on, at most 8."""
+def host_threads() -> int:
+    """Threads that fault pages in or copy: what this process may run on, at most 8."""
     return max(1, min(_THREADS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4))
 
 

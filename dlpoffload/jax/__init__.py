@@ -19,8 +19,10 @@ from .compiled import CompiledReport, inspect_compiled
 from .handle import OffloadHandle
 from .offload import offload
 from .report import ProgramReport, Report
+from .staging import COMPILER_OPTIONS
 
 __all__ = [
+    "COMPILER_OPTIONS",
     "CompiledReport",
     "OffloadHandle",
     "ProgramReport",

@@ -128,9 +128,21 @@ def _eager(step: Callable[[Any, Any], Any], blocks: Sequence[Any], carry: Any, s
         # enqueued before more memory, and so as much as all blocks together.
         jax.block_until_ready(carry)
         while len(ring) < slots and (block := next(coming, None)) is not None:
-            ring.append(jax.tree.map(_put, block))
+            ring.append(_put_block(block))
         carry = step(ring.popleft(), carry)
     return carry
+
+
+def _put_block(block: Any) -> Any:
+    """Copy a block to the device, its smallest leaves first.
+
+    XLA's allocator (BFC) gives a request a whole hole where less than the request and less than 128 MiB would be left
+    over, and counts all of it. The hole that a former block left is cut without a rest from its smallest piece up.
+    """
+    leaves, structure = jax.tree.flatten(block)
+    for i in sorted(range(len(leaves)), key=lambda i: getattr(leaves[i], "nbytes", 0)):
+        leaves[i] = _put(leaves[i])
+    return jax.tree.unflatten(structure, leaves)
 
 
 def _put(leaf: Any) -> Any:

@@ -10,13 +10,14 @@ __all__ = ["CompiledReport", "inspect_compiled"]
 
 _MOVES: Final = frozenset(
     {
-        "parameter", "get-tuple-element", "tuple", "bitcast", "copy", "copy-start", "copy-done", "opt-barrier",
-        "optimization-barrier", "while", "call", "conditional", "custom-call", "async-start", "async-update",
-        "async-done", "after-all", "dynamic-slice", "slice", "reshape",
+        "parameter", "get-tuple-element", "tuple", "bitcast", "copy", "opt-barrier", "optimization-barrier", "while",
+        "call", "conditional", "custom-call", "async", "after-all", "dynamic-slice", "slice", "reshape",
     }
 )  # fmt: skip
-"""Operations that pass host memory on and compute nothing."""
+"""Operations that pass host memory on and compute nothing; their asynchronous forms end in -start, -update, -done."""
 _OPERATION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (\S+|\([^=]*\)) ([\w\-]+)\(")
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
+_CALLED = re.compile(r"\bcalls=%?([\w.\-]+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +66,33 @@ def inspect_compiled(compiled: Any) -> CompiledReport:
 
 def host_computations(text: str) -> tuple[str, ...]:
     """Names of the operations of an HLO module that are computed on the host."""
+    moving = _moving_computations(text)
     found: dict[str, None] = {}
     for line in text.splitlines():
         match = _OPERATION.match(line)
         if match is None:
             continue
         name, shape, operation = match.groups()
-        moved = operation.removesuffix("-start").removesuffix("-update").removesuffix("-done")
-        computed = operation not in _MOVES and moved not in _MOVES
-        if '_xla_compute_type="host"' in line or (computed and "S(5)" in shape):
+        kind = _kind(operation)
+        called = _CALLED.search(line)
+        moves = kind in _MOVES or (kind == "fusion" and called is not None and called.group(1) in moving)
+        if '_xla_compute_type="host"' in line or (not moves and "S(5)" in shape):
             found[name] = None
     return tuple(found)
+
+
+def _kind(operation: str) -> str:
+    return operation.removesuffix("-start").removesuffix("-update").removesuffix("-done")
+
+
+def _moving_computations(text: str) -> frozenset[str]:
+    """Computations that only pass memory on: XLA fuses the slice of a stack that it copies to the device."""
+    moving: dict[str, bool] = {}
+    current = ""
+    for line in text.splitlines():
+        if (head := _COMPUTATION.match(line)) is not None:
+            current = head.group(1)
+            moving[current] = True
+        elif (match := _OPERATION.match(line)) is not None and _kind(match.group(3)) not in _MOVES | {"constant"}:
+            moving[current] = False
+    return frozenset(name for name, only in moving.items() if only)

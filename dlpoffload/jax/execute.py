@@ -17,10 +17,10 @@ __all__ = ["apply_equation", "execute", "inlined", "summary"]
 
 
 def execute(
-    program: Program, schedule: Schedule, consts: Sequence[Any], values: Sequence[Any], slots: int, *, unroll: bool
+    program: Program, schedule: Schedule, consts: Sequence[Any], values: Sequence[Any], slots: int
 ) -> list[Any]:
     """Run a program. Under a trace this is what writes the staged program down."""
-    run = _Run(program, schedule, consts, values, slots, unroll)
+    run = _Run(program, schedule, consts, values, slots)
     for index, window in enumerate(schedule.windows):
         run.copy_before(index)
         for step in program.steps[window.start : window.end]:
@@ -70,12 +70,10 @@ class _Run:
         consts: Sequence[Any],
         values: Sequence[Any],
         slots: int,
-        unroll: bool,
     ) -> None:
         self.program = program
         self.schedule = schedule
         self.slots = slots
-        self.unroll = unroll
         self.known: dict[Id, Any] = dict(zip(program.constants, consts, strict=True))
         self.known.update(zip(program.arguments, values, strict=True))
         self.host = [self.known[argument] for argument in program.arguments]
@@ -176,7 +174,6 @@ class _Run:
             length=params["length"],
             reverse=params["reverse"],
             slots=self.slots,
-            unroll=self.unroll,
         )
         return [*state, *outputs]
 

@@ -71,7 +71,7 @@ class OffloadHandle:
         return self._placed
 
     # -------------------------------------------------------------------------------------- streaming
-    def streamed(self, fun: Callable[..., Any], *, argnum: int = 0, unroll_scans: bool = False) -> Callable[..., Any]:
+    def streamed(self, fun: Callable[..., Any], *, argnum: int = 0) -> Callable[..., Any]:
         """Make a function whose staged weights pass through the ring, for use inside `jax.jit`.
 
         `fun` is an ordinary JAX function of the tree, the loss and its gradient included: a loop over a list of blocks,
@@ -85,9 +85,6 @@ class OffloadHandle:
         ----------
         argnum
             Which positional argument is the tree.
-        unroll_scans
-            Write scans over stacks out, one layer behind the other: a larger program, whose copies XLA can start
-            early throughout, where in a loop all that a turn has begun must end with it.
 
         Raises
         ------
@@ -99,7 +96,7 @@ class OffloadHandle:
             When differentiated: a gradient is asked for a staged or mapped leaf.
         """
         self._open()
-        return streamed(fun, self._staging, argnum, unroll_scans)
+        return streamed(fun, self._staging, argnum)
 
     # ----------------------------------------------------------------------------------------- report
     def report(self) -> Report:

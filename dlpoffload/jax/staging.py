@@ -6,12 +6,21 @@ Source: `jax.lax.optimization_barrier` ("prevents the compiler from moving opera
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Final
 
 import jax
 
-__all__ = ["computed_type", "on_device", "put", "tie", "tied_together"]
+__all__ = ["COMPILER_OPTIONS", "computed_type", "on_device", "put", "tie", "tied_together"]
+
+
+COMPILER_OPTIONS: Final[Mapping[str, Any]] = MappingProxyType({"xla_gpu_graph_min_graph_size": 2**31 - 1})
+"""For ``jax.jit(…, compiler_options=dict(COMPILER_OPTIONS))``: copies inside a scan run beside its compute.
+
+XLA puts a loop into one CUDA graph, and there each operation waits for the one before, copies for compute too [H100,
+jax 0.11.2, by a profile]. A program of this least size is never reached, so that nothing is put into a graph.
+"""
 
 
 def put(weights: Sequence[Any]) -> list[Any]:

@@ -18,7 +18,7 @@ from .placing import Home
 from .program import Id, Program, flatten
 from .report import ProgramReport
 from .schedule import schedule
-from .staging import on_device
+from .staging import computed_type, on_device, tie
 
 __all__ = ["Staging", "Weights", "run_streamed", "streamed"]
 
@@ -46,15 +46,12 @@ class Weights:
     same : mapping of int to int
         Arguments that are another one again.
     slots : int
-    unroll : bool
-        Whether scans over stacks become loops.
     """
 
     homes: Mapping[int, Home]
     frozen: Mapping[int, str]
     same: Mapping[int, int]
     slots: int
-    unroll: bool = False
 
     def shifted(self, count: int) -> Weights:
         """The same for a function with `count` arguments before."""
@@ -63,11 +60,10 @@ class Weights:
             {i + count: name for i, name in self.frozen.items()},
             {i + count: j + count for i, j in self.same.items()},
             self.slots,
-            self.unroll,
         )
 
 
-def streamed(fun: Callable[..., Any], staging: Staging, argnum: int, unroll: bool) -> Callable[..., Any]:
+def streamed(fun: Callable[..., Any], staging: Staging, argnum: int) -> Callable[..., Any]:
     """See `OffloadHandle.streamed`."""
 
     @functools.wraps(fun)
@@ -76,7 +72,7 @@ def streamed(fun: Callable[..., Any], staging: Staging, argnum: int, unroll: boo
             raise SpecError(f"argnum={argnum}, but the function is called with {len(args)} positional arguments")
         at = argnum % len(args)
         names, values, structure = names_of(args[at])
-        weights = _weights(names, values, staging, unroll)
+        weights = _weights(names, values, staging)
         others, other_structure = jax.tree.flatten((args[:at], args[at + 1 :], kwargs))
 
         def flat(*leaves: Any) -> Any:
@@ -90,7 +86,7 @@ def streamed(fun: Callable[..., Any], staging: Staging, argnum: int, unroll: boo
     return call
 
 
-def _weights(names: Sequence[str], values: Sequence[Any], staging: Staging, unroll: bool) -> Weights:
+def _weights(names: Sequence[str], values: Sequence[Any], staging: Staging) -> Weights:
     known = {name for name in names if name in staging.homes}
     if known != staging.homes.keys():
         missing = sorted(staging.homes.keys() - known)
@@ -112,7 +108,7 @@ def _weights(names: Sequence[str], values: Sequence[Any], staging: Staging, unro
         if home.placement == "host_staged":
             homes[index] = home
             same[index] = first.setdefault(staging.tied[name], index)
-    return Weights(homes, frozen, same, staging.slots, unroll)
+    return Weights(homes, frozen, same, staging.slots)
 
 
 def run_streamed(
@@ -138,7 +134,6 @@ def run_streamed(
         {position[i]: what for i, what in weights.frozen.items()},
         {position[i]: position[j] for i, j in weights.same.items()},
         weights.slots,
-        weights.unroll,
     )
     return _Streamed(of_arrays, values, inner, name, traced).run(values)
 
@@ -171,7 +166,7 @@ class _Streamed:
         """Run it, staged."""
         plan = schedule(self.program, self.weights.slots)
         self.traced(summary(self.program, plan, self.weights.slots, self.name))
-        return execute(self.program, plan, consts, values, self.weights.slots, unroll=self.weights.unroll)
+        return execute(self.program, plan, consts, values, self.weights.slots)
 
 
 def _differentiable(streamed: _Streamed, count: int) -> Callable[..., list[Any]]:
@@ -252,6 +247,14 @@ def _backward(
     types = streamed.closed.out_avals
     moving = [i for i, kind in enumerate(types) if jax.numpy.issubdtype(kind.dtype, jax.numpy.inexact)]
     given = [_instantiated(cotangents[i]) for i in moving]
+    # The ring of the way back opens when that of the way there is through, or both would be on the device at once. The
+    # cotangents alone do not say so: that of a loss is the constant one.
+    staged = list(homes)
+    kept = [i for i, value in enumerate(residuals) if i not in homes and computed_type(value)]
+    tied, held = tie([residuals[i] for i in staged], [*(residuals[i] for i in kept), *given])
+    for i, value in zip([*staged, *kept], [*tied, *held], strict=False):
+        residuals[i] = value
+    given = held[len(kept) :]
 
     def back(*leaves: Any) -> Any:
         restored = list(leaves[: len(residuals)])
@@ -264,7 +267,7 @@ def _backward(
             full[i] = value
         return pull(full)
 
-    weights = Weights(homes, {}, {}, streamed.weights.slots, streamed.weights.unroll)
+    weights = Weights(homes, {}, {}, streamed.weights.slots)
     pulled = _Streamed(back, [*residuals, *given], weights, f"{streamed.name} backward", streamed.traced)
     result: list[Any] = [None] * arguments
     for i, value in zip(asked, pulled.run([*residuals, *given]), strict=True):

@@ -15,11 +15,13 @@ from torch.nn.utils.rnn import PackedSequence
 from ..errors import OffloadError
 from .compiling import border
 from .gradients import guard_outputs, tensors_in
+from .mixing import explained
 from .root import begin_step, end_step
 from .tensors import current_stream
 from .wrapped import WrappedForward
 
 if TYPE_CHECKING:
+    from .device_map import Parts
     from .placed import Placed
     from .staging import Stager
 
@@ -91,9 +93,10 @@ class BorderForward(WrappedForward):
 class SplitForward(BorderForward):
     """The whole's: a step of every device's ring, and outputs on the device of the first input."""
 
-    def __init__(self, module: nn.Module, device: torch.device, parts: Sequence[Placed]) -> None:
-        super().__init__(module, device)
+    def __init__(self, parts: Parts, device: torch.device, placed: Sequence[Placed]) -> None:
+        super().__init__(parts.root, device)
         self.parts = parts
+        self.placed = placed
 
     @border
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -103,13 +106,19 @@ class SplitForward(BorderForward):
         back = next((tensor.device for tensor in tensors_in((args, kwargs)) if not tensor.is_meta), None)
         args, kwargs = moved((args, kwargs), self.device)
         with ExitStack() as steps, _current(self.device):
-            for placed in self.parts:
+            for placed in self.placed:
                 if placed.stager is not None and placed.module is not self.module:
                     begin_step(placed.stager)
                     steps.callback(self._end_step, placed.stager)
-            output = self.inner(*args, **kwargs)
+            try:
+                output = self.inner(*args, **kwargs)
+            except RuntimeError as error:
+                mixed = explained(error, self.parts)
+                if mixed is None:
+                    raise
+                raise mixed from error
         if self.installed and torch.is_grad_enabled():
-            guard_outputs(output, [member.of_module for placed in self.parts for member in placed.offloaded()])
+            guard_outputs(output, [member.of_module for placed in self.placed for member in placed.offloaded()])
         return output if back is None else moved(output, back)
 
     def _end_step(self, stager: Stager) -> None:
@@ -117,8 +126,8 @@ class SplitForward(BorderForward):
             end_step(stager)
 
     def _check_uncaptured(self) -> None:
-        if len(self.parts) > 1 and any(
-            placed.driver.capture_id(current_stream(placed.device)) for placed in self.parts
+        if len(self.placed) > 1 and any(
+            placed.driver.capture_id(current_stream(placed.device)) for placed in self.placed
         ):
             raise OffloadError(
                 f"a {type(self.module).__name__} over several devices cannot be captured in a graph, which is of one "

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..driver import open_driver
-from ..errors import ClosedError, HostMemoryError, OffloadError, RegistrationError, SpecError
+from ..errors import ClosedError, HostMemoryError, OffloadError, PlanError, RegistrationError, SpecError
 from ..planning import CostModel, Policy, balanced
 from .handle import OffloadHandle
 from .layers import Layer, new_entries
@@ -38,7 +38,7 @@ class Offloader:
     Parameters
     ----------
     device_budget, device, units, slots, policy, cost, pageable, stage_unmapped
-        See `offload_`.
+        See `offload_`. One device: where in the model a layer will stand, which a map goes by, is not known yet.
     """
 
     def __init__(
@@ -53,6 +53,12 @@ class Offloader:
         pageable: Pageable = "never",
         stage_unmapped: bool = False,
     ) -> None:
+        if isinstance(device_budget, Mapping):
+            raise PlanError(
+                "an Offloader is of one device: when a layer is wrapped nobody knows yet where in the model it will "
+                "stand, which is what a map of devices goes by; build on meta, and offload_(model, {device: budget}, "
+                "device_map=, checkpoint=)"
+            )
         self._offloading = Offloading(
             open_driver(device), device_budget, units, slots, policy, cost, pageable, stage_unmapped
         )

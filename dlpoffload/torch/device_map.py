@@ -19,6 +19,9 @@ __all__ = ["Budgets", "Device", "DeviceMap", "Parts", "by_device"]
 Device: TypeAlias = str | int | torch.device
 Budgets: TypeAlias = Mapping[str, int | str] | Mapping[int, int | str] | Mapping[Device, int | str]
 
+_WILD = frozenset("*?[/")
+"""What makes a key of the map a pattern."""
+
 
 def _driver(device: object) -> Driver:
     return open_driver(str(device) if isinstance(device, torch.device) else device)  # type: ignore[arg-type]
@@ -68,6 +71,7 @@ class DeviceMap:
             driver = _driver(device)
             self.drivers[driver.device] = driver
             self._devices[pattern] = driver.device
+        self._patterns = [key for key in self._devices if not _WILD.isdisjoint(key)]
 
     def check_budgets(self, budgets: Mapping[str, object]) -> None:
         """Raise PlanError unless there are budgets for exactly the devices of the map."""
@@ -99,15 +103,23 @@ class DeviceMap:
                 '"*" stands for one segment of a path, "**" for any number, and "" for the whole'
             )
 
+    def names(self, path: str) -> bool:
+        """Whether a key names a module, rather than all that is around it and below it (``"**"``)."""
+        around = path.rpartition(".")[0]
+        return bool(path) and (
+            path in self._devices
+            or any(matches_path(key, path) and not matches_path(key, around) for key in self._patterns)
+        )
+
     def device_of(self, path: str) -> str | None:
         """The device of a module: what the map says of it, else of the nearest module around it."""
         at = path
         while True:
             if at in self._devices:
                 return self._devices[at]
-            for pattern, device in self._devices.items():
+            for pattern in self._patterns:
                 if matches_path(pattern, at):
-                    return device
+                    return self._devices[pattern]
             if not at:
                 return None
             at = at.rpartition(".")[0]
@@ -115,6 +127,11 @@ class DeviceMap:
 
 class Parts:
     """A model, parted by device. Making it changes nothing.
+
+    Parameters
+    ----------
+    meta
+        Whether tensors may be on meta.
 
     Attributes
     ----------
@@ -139,7 +156,7 @@ class Parts:
         As `collect`.
     """
 
-    def __init__(self, root: nn.Module, device_map: DeviceMap) -> None:
+    def __init__(self, root: nn.Module, device_map: DeviceMap, *, meta: bool = False) -> None:
         device_map.check_patterns(root)
         self.root = root
         self.names: dict[str, list[str]] = {device: [] for device in device_map.drivers}
@@ -147,7 +164,7 @@ class Parts:
         self.device_of_name: dict[str, str] = {}
         self._own: dict[int, str] = {}
         nbytes = dict.fromkeys(self.names, 0)
-        for entry in collect(root):
+        for entry in collect(root, meta=meta):
             device = _device_of(entry, device_map)
             self.names[device].append(entry.name)
             nbytes[device] += entry.spec.nbytes
@@ -200,15 +217,44 @@ class Parts:
         """Whether a module has tensors on several devices."""
         return len(self._below[id(module)]) > 1
 
+    def path_of(self, module: nn.Module) -> str | None:
+        """The first path of a module; None where it is none of the model's."""
+        return self._paths.get(id(module))
+
+    def devices_of(self, module: nn.Module) -> list[str]:
+        """The devices that a module has tensors on."""
+        return [device for device in self.names if device in self._below[id(module)]]
+
     def borders(self) -> Iterator[tuple[nn.Module, str]]:
-        """The modules, beside the root, whose inputs may come from another device, and theirs."""
+        """The modules, beside the root, whose inputs may come from another device, and theirs.
+
+        Those are the parts of what is split, and what the map names. A list of modules is called by whoever has it, one
+        element after the other, so the elements are meant; a `Sequential` is called as often as it is gone through.
+        """
+        if len(self.names) == 1:
+            return
         split = [module for module in self.root.modules() if self.is_split(module)]
-        inside = {id(child): child for module in split for child in module.children()}
-        for child in inside.values():
-            below = self._below[id(child)]
-            device = next(iter(below)) if len(below) == 1 else self._map.device_of(self._paths[id(child)])
-            if below and device is not None and is_callable(child):
-                yield child, device
+        named = {id(m) for path, m in self.root.named_modules(remove_duplicate=False) if self._map.names(path)}
+        ends = [child for module in split for child in module.children()]
+        ends += [module for module in self.root.modules() if id(module) in named]
+        seen: set[int] = set()
+        for module in (inside for end in ends for inside in _elements(end)):
+            if id(module) in seen:
+                continue
+            seen.add(id(module))
+            below = self._below[id(module)]
+            if below or id(module) in named:
+                device = next(iter(below)) if len(below) == 1 else self._map.device_of(self._paths[id(module)])
+                if device is not None and is_callable(module):
+                    yield module, device
+
+
+def _elements(module: nn.Module) -> Iterator[nn.Module]:
+    """A module, and where it is a container the elements of it."""
+    yield module
+    if isinstance(module, nn.Sequential) or not is_callable(module):
+        for child in module.children():
+            yield from _elements(child)
 
 
 def _device_of(entry: Entry, device_map: DeviceMap) -> str:

@@ -42,7 +42,7 @@ def guard_outputs(output: Any, named: Iterable[tuple[str, torch.Tensor]]) -> Non
     if trainable:
         for tensor in tensors_in(output):
             if tensor.grad_fn is not None:  # a leaf that passed through would keep its hook for ever
-                tensor.register_hook(_Check(trainable))  # type: ignore[no-untyped-call]
+                tensor.register_hook(_Check(trainable, tensor.grad_fn))  # type: ignore[no-untyped-call]
 
 
 def _once(named: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -64,8 +64,15 @@ def _node_of(tensor: torch.Tensor) -> Any:
 
 
 class _Check:
-    def __init__(self, trainable: list[tuple[str, Any]]) -> None:
+    """Looks, when a gradient arrives at an output, at what it will reach.
+
+    What a reentrant checkpoint recomputes is in no graph yet: there it may be any of the parameters.
+    """
+
+    def __init__(self, trainable: list[tuple[str, Any]], node: Any) -> None:
         self.trainable = trainable
+        self.recomputes = _recomputes(node)
+        self.below = [below for below, _ in node.next_functions if below is not None]  # not the node, that holds us
 
     def __call__(self, gradient: torch.Tensor) -> None:
         for name, node in self.trainable:
@@ -75,6 +82,8 @@ class _Check:
                 reached = True
             if reached:
                 _refuse(name)
+        if self.recomputes or any(map(torch._C._will_engine_execute_node, _checkpoints(self.below))):
+            _refuse(self.trainable[0][0], ", in what a reentrant checkpoint recomputes")
 
 
 class _Refusal:
@@ -85,10 +94,26 @@ class _Refusal:
         _refuse(self.name)
 
 
-def _refuse(name: str) -> NoReturn:
+def _recomputes(node: Any) -> bool:
+    return bool(node.name().endswith("CheckpointFunctionBackward"))
+
+
+def _checkpoints(nodes: list[Any]) -> Iterator[Any]:
+    """The nodes of reentrant checkpoints among `nodes` and below."""
+    ahead, seen = list(nodes), set(nodes)
+    while ahead:
+        node = ahead.pop()
+        if _recomputes(node):
+            yield node
+        following = {below for below, _ in node.next_functions if below is not None} - seen
+        seen |= following
+        ahead.extend(following)
+
+
+def _refuse(name: str, where: str = "") -> NoReturn:
     raise GradientError(
-        f'backward would accumulate a gradient for "{name}", which is offloaded; freeze it with requires_grad_(False) '
-        "(gradients pass through it all the same), or keep it on the device by a pattern_policy"
+        f'backward would accumulate a gradient for "{name}", which is offloaded{where}; freeze it with '
+        "requires_grad_(False) (gradients pass through it all the same), or keep it on the device by a pattern_policy"
     )
 
 

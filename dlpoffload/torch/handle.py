@@ -39,15 +39,17 @@ class OffloadHandle:
     module : torch.nn.Module
     """
 
-    def __init__(self, module: nn.Module, offloading: Offloading, start: Start | None = None) -> None:
+    def __init__(
+        self, module: nn.Module, offloading: Offloading, start: Start | None = None, *, settle: bool = True
+    ) -> None:
         self.module = module
         self._offloading = offloading
         self._lock = threading.RLock()
         self._restored = False
         self._awake: Plan | None = None  # while asleep, the plan to wake to
-        self._install(offloading.place(module, start=start))
+        self._install(offloading.place(module, start=start), settle=settle)
 
-    def _install(self, placed: Placed, *, asleep: bool = False) -> None:
+    def _install(self, placed: Placed, *, asleep: bool = False, settle: bool = True) -> None:
         self._placed = placed
         self._plan = placed.plan
         try:
@@ -56,7 +58,8 @@ class OffloadHandle:
             with torch.inference_mode(False), torch.no_grad():
                 placed.undo()
             raise
-        placed.settle()
+        if settle:  # else the module is one of several parts, and is as it was when another fails
+            placed.settle()
         self._names = {
             name: (entry, member, holder, attribute)
             for entry in placed.entries.values()
@@ -94,15 +97,13 @@ class OffloadHandle:
             raise ClosedError("this module was restored, and is not offloaded any more; call offload_ again")
         return self._placed
 
-    # --------------------------------------------------------------------------------------- report
     def report(self, *, link: bool = True) -> Report:
         """Say what was offloaded and what the copies did since.
 
         Parameters
         ----------
         link
-            Measure the link's own rate (once for each device and process; it takes 256 MiB on both sides meanwhile),
-            so that the copies' rate can be held against it.
+            Measure the link's own rate, to hold the copies' against: once a process; 256 MiB on both sides meanwhile.
         """
         placed = self._open()
         with self._lock:
@@ -337,8 +338,7 @@ class OffloadHandle:
         try:
             placed = self._offloading.move(former, decided)
         except BaseException as error:
-            # What had not moved yet is at home still, so this takes what was there before, and no more: once what was
-            # allocated on the way is let go of.
+            # What had not moved yet is at home still: this takes no more than before, once what is new is let go of.
             traceback.clear_frames(error.__traceback__)
             drain()
             placed = self._offloading.move(former, former.plan, back=True)
@@ -356,8 +356,7 @@ class OffloadHandle:
         if self.asleep:
             raise OffloadError(f"this module sleeps and cannot be {what}; wake() it first")
 
-    # ------------------------------------------------------------------------------------------ copies
-
+    # -------------------------------------------------------------------------------------- copies, end
     @contextmanager
     def copyable(self) -> Iterator[Sequence[Placed]]:
         """Let the module be deep-copied for the length of a block; see `Installed.copyable`."""
@@ -371,7 +370,6 @@ class OffloadHandle:
         """Offload another module with the same arguments."""
         return OffloadHandle(module, self._offloading)
 
-    # ------------------------------------------------------------------------------------------ end
     def restore_(self) -> nn.Module:
         """Give the module back as it was: every tensor in ordinary memory on the device where it was before.
 

@@ -113,7 +113,7 @@ class InstalledOverParts:
             self.forwards += [SleepingForward(module) for module in above]
         else:
             self.forwards += [BorderForward(module, devices[device]) for module, device in parts.borders()]
-            self.forwards.append(SplitForward(root, devices[parts.home], placed))
+            self.forwards.append(SplitForward(parts, devices[parts.home], placed))
         self._overrides = Overrides()
         try:
             for module in root.modules():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +13,7 @@ from torch.utils.dlpack import from_dlpack
 from ..checkpoint import Recipe
 from ..limits import check_host_budget
 from ..memory import HostBuffer
-from ..planning import Placement
+from ..planning import Placement, Plan
 from ..producers import view_of
 from ..spec import TensorSpec, aligned
 from ..store import HostStore
@@ -23,7 +23,7 @@ from .meta import realise, unrealise
 from .origin import Origin, Units
 from .sources import Slabs, Source
 from .tensors import empty_bytes, tensor_in
-from .tree import Entry, Member
+from .tree import Entry, Member, collect
 from .units import home_tensor
 from .watched import exchange_data, plain_data
 
@@ -39,7 +39,13 @@ _READABLE = ("cpu",)
 
 @dataclass(frozen=True, slots=True)
 class FromCheckpoint:
-    """Offload a module whose weights are read from somewhere else; tensors may be on meta."""
+    """Offload a module whose weights are read from somewhere else; tensors may be on meta.
+
+    Attributes
+    ----------
+    loads : dict of str to Load or None
+        By entry what is read, of a module whose parts are offloaded one by one: it is matched once, as a whole.
+    """
 
     source: Source
     recipe: Recipe | None
@@ -47,11 +53,31 @@ class FromCheckpoint:
     mode: Mode = "copy"
     meta: bool = True
     former: Mapping[int, torch.device] = field(default_factory=dict)
+    loads: Mapping[str, Load] | None = None
 
     def origin(self, module: nn.Module, entries: list[Entry], *, pinned: bool) -> Loading:
         """Match the module with the source; nothing has changed when that fails."""
-        loads = matched(module, entries, self.source.specs, self.recipe, strict=self.strict)
+        if self.loads is None:
+            return Loading(self.source, self._matched(module, entries), self.mode)
+        loads = [self.loads[entry.name].into(entry) for entry in entries if entry.name in self.loads]
         return Loading(self.source, loads, self.mode)
+
+    def of_parts(self, module: nn.Module, plans: Iterable[Plan]) -> FromCheckpoint:
+        """The same for the parts of a module; nothing has changed when the whole does not fit the source or host."""
+        loads = {load.entry.name: load for load in self._matched(module, collect(module, meta=True))}
+        if self.mode == "copy":
+            check_host_budget(
+                sum(
+                    spec.nbytes
+                    for plan in plans
+                    for name, spec in plan.specs.items()
+                    if plan.placements[name] is not Placement.DEVICE and name in loads
+                )
+            )
+        return replace(self, loads=loads)
+
+    def _matched(self, module: nn.Module, entries: list[Entry]) -> list[Load]:
+        return matched(module, entries, self.source.specs, self.recipe, strict=self.strict)
 
 
 class Loading(Origin):

@@ -37,6 +37,12 @@ class Load:
     parts: list[tuple[Member, Assembly]]
     covered: list[Member]
 
+    def into(self, entry: Entry) -> Load:
+        """The same for another record of the same tensors."""
+        twins = {id(member.tensor): member for member in entry.members}
+        parts = [(twins[id(member.tensor)], assembly) for member, assembly in self.parts]
+        return Load(entry, self.whole, parts, [twins[id(member.tensor)] for member in self.covered])
+
 
 def matched(
     module: nn.Module, entries: list[Entry], stored: Mapping[str, TensorSpec], recipe: Recipe | None, *, strict: bool

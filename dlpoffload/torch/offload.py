@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Literal, overload
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import overload
 
 from torch import nn
 
 from ..checkpoint import Recipe
-from ..driver import open_driver
+from ..driver import Driver, open_driver
 from ..errors import OffloadError, PlanError
 from ..planning import CostModel, Policy, balanced
 from .device_map import Budgets, Device, DeviceMap, by_device
@@ -57,9 +58,9 @@ def offload_(
     cost: CostModel | None = None,
     pageable: Pageable = "never",
     stage_unmapped: bool = False,
-    checkpoint: None = None,
-    mode: Literal["copy"] = "copy",
-    recipe: None = None,
+    checkpoint: Weights | None = None,
+    mode: Mode = "copy",
+    recipe: Recipe | None = None,
     strict: bool = True,
 ) -> SplitHandle: ...
 
@@ -102,8 +103,9 @@ def offload_(
     device_map
         Which module is on which of several devices, as ``{"": "cuda:0", "model.layers.16": "cuda:1"}``: by module
         paths, or patterns on them. Of what holds for a module the nearest counts: its own path, then that of the
-        module around it, and so on; ``""`` is the whole. Inputs are moved where a module's are needed, outputs of the
-        whole to the device of the first input.
+        module around it, and so on; ``""`` is the whole. Inputs are moved to the device of a part of what is split, and
+        of what the map names; outputs stay, but those of the whole go to the device of the first input. A forward that
+        mixes tensors of two devices then raises PlanError, which says what to map.
     units
         What is staged together: patterns on module paths (``"model.layers.*"``). Left out, the repeated containers
         are found. See `planning.choose_units`.
@@ -155,41 +157,46 @@ def offload_(
 
     After any error the module is as it was; what was on ``meta`` still is.
     """
-    if device_map is not None or isinstance(device_budget, Mapping):
-        if not isinstance(device_budget, Mapping):
-            raise PlanError(
-                f"device_budget={device_budget!r} is one number, but device_map names several devices; give each one "
-                'its own: {"cuda:0": "20GiB", "cuda:1": "10GiB"}'
-            )
-        if device_map is None:
-            raise PlanError(
-                "device_budget is by device, so device_map= must say which module is on which; give one number for "
-                "one device"
-            )
-        if device is not None:
-            raise PlanError(f"device={device!r} has no effect beside device_map=; leave it out")
-        if checkpoint is not None or recipe is not None or not strict or mode != "copy":
-            raise PlanError("a checkpoint is not read over several devices yet; load the module first, and offload it")
-        mapped, budgets = DeviceMap(device_map), by_device(device_budget)
-        mapped.check_budgets(budgets)
-        refuse_offloaded(module)
-        return SplitHandle(
-            module,
-            mapped,
-            {
-                name: Offloading(driver, budgets[name], units, slots, policy, cost, pageable, stage_unmapped)
-                for name, driver in mapped.drivers.items()
-            },
-        )
     if checkpoint is None and (recipe is not None or not strict):
         raise PlanError("recipe= and strict= say how a checkpoint is read, so without checkpoint= they have no effect")
     check_mode(mode, checkpoint, pageable)
-    offloading = Offloading(open_driver(device), device_budget, units, slots, policy, cost, pageable, stage_unmapped)
+
+    def offloading(driver: Driver, nbytes: int | str) -> Offloading:
+        return Offloading(driver, nbytes, units, slots, policy, cost, pageable, stage_unmapped)
+
+    made: Callable[..., OffloadHandle | SplitHandle]
+    if device_map is None and not isinstance(device_budget, Mapping):
+        made = partial(OffloadHandle, module, offloading(open_driver(device), device_budget))
+    else:
+        mapped, budgets = _over_devices(device_map, device_budget, device)
+        each = {name: offloading(driver, budgets[name]) for name, driver in mapped.drivers.items()}
+        made = partial(SplitHandle, module, mapped, each)
     refuse_offloaded(module)
     if checkpoint is None:
-        return OffloadHandle(module, offloading)
+        return made()
     with open_source(checkpoint) as source:
-        return OffloadHandle(module, offloading, FromCheckpoint(source, recipe, strict, mode))
+        return made(FromCheckpoint(source, recipe, strict, mode))
+
+
+def _over_devices(
+    device_map: Mapping[str, Device] | None, device_budget: int | str | Budgets, device: object
+) -> tuple[DeviceMap, dict[str, int | str]]:
+    """The map and its budgets, or PlanError where they do not belong together."""
+    if not isinstance(device_budget, Mapping):
+        raise PlanError(
+            f"device_budget={device_budget!r} is one number, but device_map names several devices; give each one "
+            'its own: {"cuda:0": "20GiB", "cuda:1": "10GiB"}'
+        )
+    if device_map is None:
+        raise PlanError(
+            "device_budget is by device, so device_map= must say which module is on which; give one number for "
+            "one device"
+        )
+    if device is not None:
+        raise PlanError(f"device={device!r} has no effect beside device_map=; leave it out")
+    mapped, budgets = DeviceMap(device_map), by_device(device_budget)
+    mapped.check_budgets(budgets)
+    return mapped, budgets
 
 
 def refuse_offloaded(module: nn.Module) -> None:

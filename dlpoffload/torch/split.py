@@ -21,6 +21,7 @@ from .copying import DeepCopy, refuse_copy, refuse_pickle
 from .device_map import Budgets, DeviceMap, Parts, by_device
 from .handle import OffloadHandle
 from .installed import InstalledOverParts, handle_of
+from .loading import FromCheckpoint
 from .offloading import Offloading
 from .placed import Placed
 from .report import ByDevice, Report
@@ -38,25 +39,38 @@ class SplitHandle:
     module : torch.nn.Module
     """
 
-    def __init__(self, module: nn.Module, device_map: DeviceMap, offloadings: Mapping[str, Offloading]) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        device_map: DeviceMap,
+        offloadings: Mapping[str, Offloading],
+        start: FromCheckpoint | None = None,
+    ) -> None:
         self.module = module
         self._map = device_map
         self._offloadings = dict(offloadings)
         self._lock = threading.RLock()
         self._restored = False
         self._handles: dict[str, OffloadHandle] = {}
-        self._parts = parts = Parts(module, device_map)
-        ready = self._ready(parts)
-        for device, offloading in ready.items():
-            with _said_of(device), torch.inference_mode(False), torch.no_grad():
-                offloading.plan(parts.roots[device], pinned=offloading.pageable != "always")
+        meta = start is not None
+        self._parts = parts = Parts(module, device_map, meta=meta)
+        ready, plans = self._ready(parts), []
+        with torch.inference_mode(False), torch.no_grad():
+            for device, offloading in ready.items():
+                pinned = offloading.pageable != "always"
+                with _said_of(device):
+                    plans.append(offloading.plan(parts.roots[device], pinned=pinned, meta=meta)[1])
+            start = None if start is None else start.of_parts(module, plans)
         with ExitStack() as undo:
             for device, offloading in ready.items():
                 with _said_of(device):
-                    self._handles[device] = made = OffloadHandle(parts.roots[device], offloading)
+                    made = OffloadHandle(parts.roots[device], offloading, start, settle=False)
+                self._handles[device] = made
                 undo.callback(made.restore_)
             self._install()
             undo.pop_all()
+        for made in self._handles.values():
+            made._placed.settle()
 
     def _ready(self, parts: Parts) -> dict[str, Offloading]:
         """For each device what was asked for it, and which names are not its own."""
@@ -117,6 +131,11 @@ class SplitHandle:
         """Copy new values into a parameter or buffer, wherever it lives; see `OffloadHandle.update`."""
         with self._lock:
             self._with(name).update(name, tensor)
+
+    def copy_out(self, name: str) -> bool:
+        """Copy a tensor out of a mapped checkpoint; see `OffloadHandle.copy_out`."""
+        with self._lock:
+            return self._with(name).copy_out(name)
 
     def changed(self, name: str) -> None:
         """Say that a tensor's bytes were written in a way that torch does not see; see `OffloadHandle.changed`."""

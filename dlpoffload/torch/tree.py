@@ -100,6 +100,12 @@ def collect(root: nn.Module, *, meta: bool = False) -> list[Entry]:
     seen: set[int] = set()
     for path, found in root.named_modules(remove_duplicate=False):
         module = real_of(found)
+        if isinstance(module, torch.jit.ScriptModule):
+            raise SpecError(
+                f'"{path or type(module).__name__}" is a {type(module).__name__}: compiled code that holds its tensors '
+                "itself, so that none can be exchanged; offload the module that it was made of, and compile with "
+                "torch.compile"
+            )
         for attribute, tensor, outer in _own_tensors(found):
             name = f"{path}.{attribute}" if path else attribute
             member = members.get(id(tensor))

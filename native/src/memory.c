@@ -5,6 +5,9 @@
 #include "core.h"
 #include "gather.h"
 #include "pages.h"
+#include "pieces.h"
+
+#define NO_THREADS "threads=0: at least one thread has to do the work"
 
 static PyObject *finish(int error) {
     if (!error) Py_RETURN_NONE;
@@ -81,7 +84,7 @@ static PyObject *populate(PyObject *module, PyObject *args, PyObject *kwargs) {
         !arg_unsigned(nbytes_arg, "nbytes", SIZE_MAX, &nbytes) ||
         !arg_unsigned(threads_arg, "threads", INT32_MAX, &threads))
         return NULL;
-    if (threads == 0) return PyErr_Format(PyExc_ValueError, "threads=0: at least one thread has to do the work");
+    if (threads == 0) return PyErr_Format(PyExc_ValueError, NO_THREADS);
     int error;
     Py_BEGIN_ALLOW_THREADS
     error = dlpo_populate(address_of(address), (size_t)nbytes, (unsigned)threads, write);
@@ -123,20 +126,37 @@ static PyObject *buffer_pointer(PyObject *module, PyObject *buffer) {
     return PyLong_FromUnsignedLongLong(address);
 }
 
+typedef struct {
+    char *destination;
+    const char *source;
+} copying;
+
+static int copy_piece(const void *context, size_t at, size_t length) {
+    const copying *range = context;
+    memcpy(range->destination + at, range->source + at, length);
+    return 0;
+}
+
 static PyObject *copy(PyObject *module, PyObject *args, PyObject *kwargs) {
-    static char *names[] = {"destination", "source", "nbytes", NULL};
+    static char *names[] = {"destination", "source", "nbytes", "threads", NULL};
     (void)module;
-    PyObject *destination_arg, *source_arg, *nbytes_arg;
-    uint64_t destination, source, nbytes;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOO:copy", names, &destination_arg, &source_arg, &nbytes_arg) ||
+    PyObject *destination_arg, *source_arg, *nbytes_arg, *threads_arg = NULL;
+    uint64_t destination, source, nbytes, threads = 1;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOO|O:copy", names, &destination_arg, &source_arg, &nbytes_arg,
+                                     &threads_arg) ||
         !arg_unsigned(destination_arg, "destination", UINTPTR_MAX, &destination) ||
         !arg_unsigned(source_arg, "source", UINTPTR_MAX, &source) ||
-        !arg_unsigned(nbytes_arg, "nbytes", PTRDIFF_MAX, &nbytes))
+        !arg_unsigned(nbytes_arg, "nbytes", PTRDIFF_MAX, &nbytes) ||
+        (threads_arg && !arg_unsigned(threads_arg, "threads", INT32_MAX, &threads)))
         return NULL;
+    if (threads == 0) return PyErr_Format(PyExc_ValueError, NO_THREADS);
     if (nbytes == 0) Py_RETURN_NONE;
     if (!destination || !source) return finish(EFAULT);
+    bool overlap = source < destination ? destination - source < nbytes : source - destination < nbytes;
+    copying range = {address_of(destination), address_of(source)};
     Py_BEGIN_ALLOW_THREADS
-    memmove(address_of(destination), address_of(source), (size_t)nbytes);
+    if (overlap) memmove(range.destination, range.source, (size_t)nbytes);
+    else dlpo_in_pieces((size_t)nbytes, (unsigned)threads, copy_piece, &range);
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
 }
@@ -184,7 +204,8 @@ PyMethodDef memory_methods[] = {
     {"buffer_pointer", buffer_pointer, METH_O,
      "buffer_pointer($module, buffer, /)\n--\n\nAddress of the memory behind a contiguous buffer; 0 when it is empty."},
     {"copy", WITH_KEYWORDS(copy), METH_VARARGS | METH_KEYWORDS,
-     "copy($module, destination, source, nbytes)\n--\n\nmemmove without the GIL."},
+     "copy($module, destination, source, nbytes, threads=1)\n--\n\n"
+     "memmove without the GIL, on up to `threads` threads where nothing overlaps."},
     {"copy_strided", WITH_KEYWORDS(copy_strided), METH_VARARGS | METH_KEYWORDS,
      "copy_strided($module, destination, source, itemsize, shape, source_strides)\n--\n\n"
      "Gather a strided tensor into row-major order; strides in elements, may be negative."},

@@ -1,10 +1,8 @@
 /* Anonymous mappings, aligned, advised, populated by several threads. */
 #include "pages.h"
+#include "pieces.h"
 
 #include <errno.h>
-#include <pthread.h>
-#include <signal.h>
-#include <stdatomic.h>
 #include <stdint.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -19,11 +17,6 @@
 #if defined(__linux__) && !defined(MADV_POPULATE_READ)
 #define MADV_POPULATE_READ 22
 #endif
-
-/* Shared out in pieces that are whole huge pages, small enough that threads end together and stop soon after an
- * error. */
-static const size_t PIECE = (size_t)32 << 20;
-enum { MAX_THREADS = 256 };
 
 static size_t page_size(void) { return (size_t)sysconf(_SC_PAGESIZE); }
 
@@ -118,11 +111,9 @@ int dlpo_dont_fork(void *address, size_t nbytes) {
 
 typedef struct {
     char *start;
-    size_t length, page;
+    size_t page;
     bool write, advise;
-    atomic_size_t next;
-    atomic_int error;
-} work;
+} populating;
 
 static void touch(char *start, size_t length, size_t page) {
     for (size_t at = 0; at < length; at += page) {
@@ -142,33 +133,22 @@ static bool can_populate(char *page, bool write) {
 #endif
 }
 
-static int fault_in(const work *shared, char *start, size_t length) {
+static int fault_in(const void *context, size_t at, size_t length) {
+    const populating *range = context;
+    char *start = range->start + at;
 #ifdef MADV_POPULATE_WRITE
-    if (shared->advise) {
+    if (range->advise) {
         int failed;
         /* Of a file: its pages are asked for at once, in long reads, before they are waited for one by one. */
-        if (!shared->write) madvise(start, length, MADV_WILLNEED);
+        if (!range->write) madvise(start, length, MADV_WILLNEED);
         do {
-            failed = madvise(start, length, shared->write ? MADV_POPULATE_WRITE : MADV_POPULATE_READ);
+            failed = madvise(start, length, range->write ? MADV_POPULATE_WRITE : MADV_POPULATE_READ);
         } while (failed && errno == EINTR);
         return failed ? errno : 0;
     }
 #endif
-    touch(start, length, shared->page);
+    touch(start, length, range->page);
     return 0;
-}
-
-static void *take_pieces(void *argument) {
-    work *shared = argument;
-    while (atomic_load(&shared->error) == 0) {
-        size_t at = atomic_fetch_add(&shared->next, PIECE);
-        if (at >= shared->length) break;
-        size_t length = shared->length - at < PIECE ? shared->length - at : PIECE;
-        int error = fault_in(shared, shared->start + at, length);
-        int none = 0;
-        if (error) atomic_compare_exchange_strong(&shared->error, &none, error);
-    }
-    return NULL;
 }
 
 int dlpo_populate(void *address, size_t nbytes, unsigned threads, bool write) {
@@ -176,27 +156,9 @@ int dlpo_populate(void *address, size_t nbytes, unsigned threads, bool write) {
     uintptr_t start = (uintptr_t)address & ~(uintptr_t)(page - 1);
     if (nbytes == 0) return 0;
     if (nbytes > UINTPTR_MAX - (uintptr_t)address) return EINVAL;
-    work shared = {.start = (char *)start, .length = (uintptr_t)address + nbytes - start, .page = page, .write = write};
-    shared.advise = can_populate(shared.start, write);
+    populating range = {.start = (char *)start, .page = page, .write = write};
+    range.advise = can_populate(range.start, write);
     /* A touch of a file that became shorter would end the process; whoever cannot advise reads it instead. */
-    if (!write && !shared.advise) return ENOSYS;
-    atomic_init(&shared.next, 0);
-    atomic_init(&shared.error, 0);
-
-    size_t pieces = (shared.length - 1) / PIECE + 1;
-    if (threads > pieces) threads = (unsigned)pieces;
-    if (threads > MAX_THREADS) threads = MAX_THREADS;
-    pthread_t others[MAX_THREADS];
-    unsigned started = 0;
-    if (threads > 1) {
-        /* Signals belong to the program's own threads. */
-        sigset_t all, before;
-        sigfillset(&all);
-        pthread_sigmask(SIG_SETMASK, &all, &before);
-        while (started + 1 < threads && !pthread_create(&others[started], NULL, take_pieces, &shared)) started++;
-        pthread_sigmask(SIG_SETMASK, &before, NULL);
-    }
-    take_pieces(&shared);
-    while (started) pthread_join(others[--started], NULL);
-    return atomic_load(&shared.error);
+    if (!write && !range.advise) return ENOSYS;
+    return dlpo_in_pieces((uintptr_t)address + nbytes - start, threads, fault_in, &range);
 }

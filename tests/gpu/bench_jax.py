@@ -24,14 +24,14 @@ FORMS = {
     "resident": "everything on the device",
     "streamed loop": "dlpoffload: handle.streamed, a Python loop in one jit",
     "streamed scan": "dlpoffload: handle.streamed, lax.scan over a stack",
-    "unrolled scan": "dlpoffload: the same with unroll_scans=True",
     "stream_blocks": "dlpoffload: stream_blocks, an eager loop over a jitted block",
     "mapped": "dlpoffload: computing on mapped arrays (UVA)",
     "jax scan": "JAX: pinned_host stack, device_put in the body of lax.scan",
+    "jax scan ungraphed": "the same with COMPILER_OPTIONS",
     "jax loop": "JAX: pinned_host list, device_put in one jit",
     "jax eager": "JAX: device_put of each block before a jitted block",
 }
-OURS = ("streamed loop", "streamed scan", "unrolled scan", "stream_blocks", "mapped")
+OURS = ("streamed loop", "streamed scan", "stream_blocks", "mapped")
 
 
 def arguments() -> argparse.Namespace:
@@ -104,11 +104,11 @@ def made(form: str, args: argparse.Namespace, at: Any) -> tuple[Callable[[Any], 
     import jax
     import numpy as np
 
-    from dlpoffload.jax import inspect_compiled, offload, stream_blocks
+    from dlpoffload.jax import COMPILER_OPTIONS, inspect_compiled, offload, stream_blocks
     from dlpoffload.planning import all_mapped, all_staged
 
     host: Any = host_blocks(args)
-    scanned = form.endswith("scan")
+    scanned = "scan" in form
     if scanned:
         host = {name: np.stack([layer[name] for layer in host]) for name in host[0]}
     nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(host))
@@ -136,15 +136,17 @@ def made(form: str, args: argparse.Namespace, at: Any) -> tuple[Callable[[Any], 
     del host
 
     put = lambda layer: jax.device_put(layer, jax.memory.Space.Device)  # noqa: E731
-    if handle is not None and form in OURS[:3]:
+    if handle is not None and form in OURS[:2]:
         body = scan if scanned else loop
-        unroll = form == "unrolled scan"
-        fun = jax.jit(handle.streamed(lambda tree, x: body(tree["layers"], x), unroll_scans=unroll))
+        streamed = handle.streamed(lambda tree, x: body(tree["layers"], x))
+        fun = jax.jit(streamed, compiler_options=dict(COMPILER_OPTIONS))
         whole = {"layers": tree}
         compiled = fun.lower(whole, x).compile()
         step: Callable[[Any], Any] = lambda x: compiled(whole, x)  # noqa: E731
     elif form in ("stream_blocks", "jax eager"):
-        one = jax.jit(block)
+        # Before weights are on the device: what XLA tries out while it compiles takes device memory, too.
+        layer = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree[0])
+        one = jax.jit(block).lower(layer, x).compile()
         if form == "stream_blocks":
             return (lambda x: stream_blocks(one, tree, x, slots=args.slots)), figures | {"x": x, "keep": handle}
 
@@ -155,7 +157,7 @@ def made(form: str, args: argparse.Namespace, at: Any) -> tuple[Callable[[Any], 
 
         return eager, figures | {"x": x}
     else:
-        if form == "jax scan":
+        if form.startswith("jax scan"):
 
             def fun(tree: Any, x: Any) -> Any:
                 return jax.lax.scan(lambda x, layer: (block(put(layer), x), None), x, tree)[0]
@@ -167,7 +169,8 @@ def made(form: str, args: argparse.Namespace, at: Any) -> tuple[Callable[[Any], 
 
         else:
             fun = loop
-        compiled = jax.jit(fun).lower(tree, x).compile()
+        options = dict(COMPILER_OPTIONS) if form == "jax scan ungraphed" else None
+        compiled = jax.jit(fun, compiler_options=options).lower(tree, x).compile()
         step = lambda x: compiled(tree, x)  # noqa: E731
     report = inspect_compiled(compiled)
     figures["xla_temporary_nbytes"] = report.temporary_nbytes

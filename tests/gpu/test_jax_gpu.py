@@ -80,6 +80,16 @@ def test_only_the_ring_is_on_the_device(params: Any, x: Any, fun: Callable[..., 
     models.close(result, jax.jit(fun)(jax.device_put(source, device), x), 1e-4)
 
 
+@pytest.mark.parametrize("slots", [1, 2, 3])
+def test_the_copy_engine_moves_every_row_of_a_short_stack(params: Any, x: Any, slots: int) -> None:
+    _, tree, handle = offloaded(params, scan, slots)
+    text = jax.jit(handle.streamed(scan)).lower(tree, x).compile().as_text()
+    slices = [line for line in text.splitlines() if " dynamic-slice(" in line and f"= f32[1,{WIDTH},{WIDTH}]" in line]
+    assert len(slices) >= slots
+    # A slice without it is a kernel's: its index is no loop's.
+    assert [line for line in slices if "dynamic_slice_config" not in line] == []
+
+
 @pytest.mark.parametrize("fun", [loop, scan])
 def test_only_the_ring_is_on_the_device_under_derivatives(params: Any, x: Any, fun: Callable[..., Any]) -> None:
     source, tree, handle = offloaded(params, fun, 2)

@@ -104,11 +104,27 @@ def test_a_program_says_what_it_takes(params: Any, x: Any, at: Any) -> None:
 
 
 HLO = """
+%rows (stack: f32[4,8], i: s32[]) -> f32[1,8] {
+  %stack = f32[4,8]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %row = f32[1,8]{1,0} dynamic-slice(%stack, %i, %zero), dynamic_slice_sizes={1,8}
+}
+
+%doubled (row: f32[4,8]) -> f32[4,8] {
+  %row = f32[4,8]{1,0} parameter(0)
+  ROOT %more = f32[4,8]{1,0} add(%row, %row)
+}
+
 ENTRY %main (p: f32[8,8]) -> f32[8,8] {
   %p = f32[8,8]{1,0:S(5)} parameter(0)
   %start = (f32[8,8]{1,0}, f32[8,8]{1,0:S(5)}, u32[]) copy-start(%p)
   %done = f32[8,8]{1,0} copy-done(%start)
   %twice = f32[8,8]{1,0:S(5)} add(%p, %p)
+  %stack = f32[4,8]{1,0:S(5)} parameter(1)
+  %row-start = ((f32[4,8]{1,0:S(5)}, s32[]), f32[1,8]{1,0}, u32[]) fusion-start(%stack, %i), kind=kLoop, calls=%rows
+  %row-done = f32[1,8]{1,0} fusion-done(%row-start)
+  %fused = f32[4,8]{1,0:S(5)} fusion(%stack), kind=kLoop, calls=%doubled
   %called = f32[8,8]{1,0} call(%p), to_apply=%host, frontend_attributes={_xla_compute_type="host"}
   ROOT %sum = f32[8,8]{1,0} add(%done, %called)
 }
@@ -116,7 +132,7 @@ ENTRY %main (p: f32[8,8]) -> f32[8,8] {
 
 
 def test_host_compute_is_found() -> None:
-    assert compiled.host_computations(HLO) == ("twice", "called")
+    assert compiled.host_computations(HLO) == ("twice", "fused", "called")
 
 
 @pytest.mark.gpu

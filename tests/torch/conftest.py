@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
 from dlpoffload import driver as drivers
+from dlpoffload import memory
 from dlpoffload.driver.cpu import CpuDriver
+from dlpoffload.errors import HostMemoryError
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -53,3 +56,61 @@ def cpu_driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., CpuDri
     yield put
     for driver in made:
         driver.synchronize()
+
+
+PAIRS = [
+    pytest.param(("cpu", "cpu:1"), id="cpu-cpu"),
+    pytest.param(("cpu", "cuda:0"), id="cpu-cuda", marks=pytest.mark.gpu),
+    pytest.param(("cuda:0", "cuda:1"), id="cuda-cuda", marks=pytest.mark.gpu),
+]
+
+
+@pytest.fixture(params=PAIRS)
+def pair(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
+    """Two devices: two of the CPU driver always, and where there are any, the CPU and a card, or two cards.
+
+    The first two are one device to torch, which mixes their tensors; what that hides is tested in test_torch_borders.
+    """
+    torch = pytest.importorskip("torch")
+    from split_models import SecondCpu
+
+    names: tuple[str, str] = request.param
+    if names[1] == "cuda:1" and torch.cuda.device_count() < 2:
+        pytest.skip(f"needs two cards, and torch sees {torch.cuda.device_count()}")
+    if names[1] == "cpu:1":
+        with drivers.installed(SecondCpu()):
+            yield names
+    else:
+        yield names
+
+
+@pytest.fixture
+def two_cpus() -> Iterator[Callable[..., Any]]:
+    """``two_cpus(host_limit_nbytes=1)``: put a second device of the CPU driver there, such as one with limits."""
+    pytest.importorskip("torch")
+    from split_models import SecondCpu
+
+    with drivers.installed(SecondCpu()):  # what was there before is put back
+
+        def put(**options: Any) -> SecondCpu:
+            drivers._installed["cpu:1"] = SecondCpu(**options)
+            return drivers._installed["cpu:1"]
+
+        yield put
+        drivers._installed["cpu:1"].synchronize()
+
+
+@pytest.fixture
+def refuse(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """``refuse(3)``: the third pinned buffer from now on is refused, and only that."""
+    real = memory.allocate_pinned
+    left = [0]
+
+    def allocate(nbytes: int, *args: Any, **options: Any) -> Any:
+        left[0] -= 1
+        if left[0] == 0:
+            raise HostMemoryError(f"{nbytes} bytes refused by the test", nbytes=nbytes)
+        return real(nbytes, *args, **options)
+
+    monkeypatch.setattr(memory, "allocate_pinned", allocate)
+    return lambda which: left.__setitem__(0, which)

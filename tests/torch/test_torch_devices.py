@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import gc
 import pickle
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -26,7 +27,6 @@ from split_models import (  # noqa: E402
 )
 from torch import Tensor, nn  # noqa: E402
 
-from dlpoffload import driver as drivers  # noqa: E402
 from dlpoffload import lifetime, live_buffers  # noqa: E402
 from dlpoffload.errors import (  # noqa: E402
     ClosedError,
@@ -65,37 +65,6 @@ class Named(NamedTuple):
 
 
 SPLIT = [case for case in CASES if case.name in MAPS]
-PAIRS = [
-    pytest.param(("cpu", "cpu:1"), id="cpu-cpu"),
-    pytest.param(("cpu", "cuda:0"), id="cpu-cuda", marks=pytest.mark.gpu),
-    pytest.param(("cuda:0", "cuda:1"), id="cuda-cuda", marks=pytest.mark.gpu),
-]
-
-
-@pytest.fixture(params=PAIRS)
-def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
-    """Two devices: two of the CPU driver always, and where there are any, the CPU and a card, or two cards."""
-    names: Pair = request.param
-    if names[1] == "cuda:1" and torch.cuda.device_count() < 2:
-        pytest.skip(f"needs two cards, and torch sees {torch.cuda.device_count()}")
-    if names[1] == "cpu:1":
-        with drivers.installed(SecondCpu()):
-            yield names
-    else:
-        yield names
-
-
-@pytest.fixture
-def two_cpus() -> Iterator[Callable[..., SecondCpu]]:
-    """``two_cpus(host_limit_nbytes=1)``: put a second device of the CPU driver there, such as one with limits."""
-    with drivers.installed(SecondCpu()):  # what was there before is put back
-
-        def put(**options: Any) -> SecondCpu:
-            drivers._installed["cpu:1"] = SecondCpu(**options)
-            return drivers._installed["cpu:1"]
-
-        yield put
-        drivers._installed["cpu:1"].synchronize()
 
 
 def mapped(pair: Pair, name: str) -> dict[str, str]:
@@ -199,11 +168,16 @@ def test_gradients_cross_the_borders(case: Case, pair: Pair) -> None:
         if not leaves:  # tokens: from what they are looked up as on
             first = next(inside for inside in model.modules() if isinstance(inside, nn.Embedding))
             first.register_forward_hook(functools.partial(_leaf, leaves))
-        outputs = flat_outputs(model(*args, **kwargs))
-        torch.manual_seed(0)
-        device = outputs[0].device
-        total = sum((out.to(device) * torch.randn(out.shape).to(device)).sum() for out in outputs if out.requires_grad)
-        total.backward()
+        # cuDNN's recurrent kernels go backward in training mode only
+        native = torch.backends.cudnn.flags(enabled=False, deterministic=True)
+        with native if case.name == "recurrent" else contextlib.nullcontext():
+            outputs = flat_outputs(model(*args, **kwargs))
+            torch.manual_seed(0)
+            device = outputs[0].device
+            total = sum(
+                (out.to(device) * torch.randn(out.shape).to(device)).sum() for out in outputs if out.requires_grad
+            )
+            total.backward()
         gradients.append([leaf.grad for leaf in leaves if leaf.grad is not None])
     assert_same(*gradients)
     assert all(parameter.grad is None for parameter in module.parameters())
@@ -817,9 +791,10 @@ def test_budgets_that_cannot_be(budgets: Any, said: str, two_cpus: object) -> No
     ("options", "said"),
     [
         ({"device": "cpu"}, "device='cpu' has no effect"),
-        ({"checkpoint": {}}, "checkpoint"),
-        ({"recipe": {}}, "checkpoint"),
-        ({"strict": False}, "checkpoint"),
+        ({"recipe": {}}, "without checkpoint= they have no effect"),
+        ({"strict": False}, "without checkpoint= they have no effect"),
+        ({"mode": "map"}, "without checkpoint= it has no effect"),
+        ({"mode": "map", "checkpoint": {}}, "maps files"),
         ({"units": ["layers.*", "heads.*"]}, '"heads.*" matches none'),
         ({"units": ["layers"]}, "split over devices"),
         ({"units": {"two": ["layers.0.a.weight", "layers.3.a.weight"]}}, "on one device and .* on another"),
@@ -943,13 +918,17 @@ def test_the_memory_goes_with_the_module(pair: Pair) -> None:
 
 
 def test_layers_put_in_and_taken_out(pair: Pair) -> None:
-    module, reference, handle = tower(pair)
-    torch.manual_seed(9)
+    torch.manual_seed(5)
+    module = Tower(8, 32)
+    changed = copy.deepcopy(module)
+    budgets = dict(zip(pair, BUDGETS, strict=True))
+    handle = offload_(module, budgets, device_map=half(pair), units=["layers.*"])
     new = Tower(2, 32).layers
-    for model, layers in ((module, new), (reference, copy.deepcopy(new))):
+    for model, layers in ((module, new), (changed, copy.deepcopy(new))):
         del model.layers[7]
-        model.layers[4] = layers[0].to(torch_device_of(pair[1]))
-        model.layers.append(layers[1].to(torch_device_of(pair[1])))
+        model.layers[4] = layers[0]
+        model.layers.append(layers[1])
+    reference = resident(changed, half(pair))
     handle.refresh_()
     names = {name.rpartition(".")[0] for name in handle.plan[pair[1]].specs}
     assert names == {f"layers.{i}.{part}" for i in (4, 5, 6, 7) for part in "ab"}

@@ -560,6 +560,45 @@ def test_refused_before_anything_accumulates(policy: Any, device: str) -> None:
     assert unleased(handle)
 
 
+class Recomputed(nn.Module):
+    """Two layers in a reentrant checkpoint, and a trained gain behind them and before."""
+
+    def __init__(self, *, last: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Step(32) for _ in range(3))
+        self.last = last
+
+    def forward(self, x: Tensor, gains: list[Tensor]) -> Tensor:
+        x = self.layers[0](x) * gains[0]
+        x = checkpoint(lambda y: self.layers[2](self.layers[1](y)), x, use_reentrant=True)
+        return x if self.last else x * gains[1]
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("policy", [all_staged, all_mapped])
+def test_refused_before_a_reentrant_checkpoint_accumulates(policy: Any, last: bool, device: str) -> None:
+    module, resident = Recomputed(last=last).to(device), Recomputed(last=last).to(device)
+    resident.load_state_dict(module.state_dict())
+    offload_(module, "1MiB", device=device, units=LAYERS if policy is all_staged else None, policy=policy)
+
+    def gains() -> list[Tensor]:
+        return [torch.full((32,), 1.5, device=device, requires_grad=True) for _ in range(2)]
+
+    module.layers[0].requires_grad_(False)
+    given, x = gains(), vector(0, device).requires_grad_()
+    refused(lambda: module(x, given).sum().backward(), module, name=r"layers\.[12]\.[ab]\.(weight|bias)")
+    assert x.grad is None
+    assert all(gain.grad is None for gain in given)
+
+    found = []
+    for each in (module, resident):
+        each.requires_grad_(False)
+        given, x = gains(), vector(0, device).requires_grad_()
+        each(x, given).sum().backward()
+        found.append([x.grad, given[0].grad, *([] if last else [given[1].grad])])
+    assert_same_gradients(*found)
+
+
 def test_a_mapped_embedding_called_directly(device: str) -> None:
     model = Decoder(tied=True, depth=3)
     offload_(model, 0, device=device, policy=all_mapped)

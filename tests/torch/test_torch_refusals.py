@@ -6,6 +6,7 @@ import copy
 import gc
 import io
 import pickle
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -121,6 +122,18 @@ def _wrapped() -> nn.Module:
     return module
 
 
+def _traced() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return torch.jit.trace(nn.Linear(4, 4), torch.ones(1, 4))
+
+
+def _scripted_part() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return nn.Sequential(nn.Linear(4, 4), torch.jit.script(nn.Linear(4, 4)))
+
+
 REFUSED: list[tuple[Callable[[], nn.Module], dict[str, Any], type[Exception], str]] = [
     (nn.Identity, {}, PlanError, "Identity without parameters and buffers has nothing to offload"),
     (lambda: nn.Linear(0, 4, bias=False), {}, PlanError, "nothing to offload"),
@@ -132,6 +145,8 @@ REFUSED: list[tuple[Callable[[], nn.Module], dict[str, Any], type[Exception], st
     (_negated, {}, SpecError, '"spectrum" is a lazy conjugate or negative'),
     (_shell_dtype, {}, SpecError, '"table" has dtype torch.uint4'),
     (_inference, {}, SpecError, "inference_mode"),
+    (_traced, {}, SpecError, '"TopLevelTracedModule" is a .*torch.compile'),
+    (_scripted_part, {}, SpecError, '"1" is a RecursiveScriptModule'),
     (_wrapped, {}, SpecError, '"weight" is a .*_Wrapper'),
     (Tower, {"device_budget": "lots"}, SpecError, 'device_budget="lots" is not a count of bytes'),
     (Tower, {"device_budget": -1}, SpecError, "-1 is negative"),

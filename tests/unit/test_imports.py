@@ -53,7 +53,7 @@ ALLOWED: dict[str, set[str]] = {
     "labels": VALUES,
     "memfile": PINNING | {"_native", "seals"},
     "view": DRIVERS | {"_native", "lifetime", "blocks", "copies", "labels"},
-    "copies": DRIVERS | {"_native", "registrations", "blocks"},
+    "copies": DRIVERS | {"_native", "registrations", "blocks", "pages"},
     "producers": DRIVERS | {"_native", "lifetime", "view"},
     "buffer": DRIVERS | {"background", "lifetime", "blocks", "view"},
     "memory": (MEMORY - {"memory", "filemap", "memfile", "seals"}) | {"_native"},

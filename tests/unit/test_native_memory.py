@@ -318,9 +318,31 @@ def test_copy_moves_overlapping_bytes(native: ModuleType) -> None:
     assert data[:48] == bytes(range(48))
 
 
+@pytest.mark.parametrize("threads", [1, 3, 10_000])
+@pytest.mark.parametrize("nbytes", [1, (32 << 20) - 1, (96 << 20) + 7])
+def test_copy_on_several_threads(native: ModuleType, threads: int, nbytes: int) -> None:
+    source = bytearray(random.Random(nbytes).randbytes(min(nbytes, 1 << 16))) * (nbytes // (1 << 16) + 1)
+    target = bytearray(len(source))
+    native.copy(native.buffer_pointer(target), native.buffer_pointer(source), nbytes, threads=threads)
+    assert target[:nbytes] == source[:nbytes]
+    assert not any(target[nbytes:])
+
+
+def test_copy_of_overlapping_bytes_on_several_threads(native: ModuleType) -> None:
+    piece = random.Random(0).randbytes(1 << 16)
+    data = bytearray(piece * (3 << 9))
+    pointer = native.buffer_pointer(data)
+    shift = 12_345
+    wanted = data[:shift] + data[:-shift]
+    native.copy(pointer + shift, pointer, len(data) - shift, threads=4)
+    assert data == wanted
+
+
 def test_copy_arguments(native: ModuleType) -> None:
     pointer = native.buffer_pointer(bytearray(8))
     native.copy(0, 0, 0)
+    with pytest.raises(ValueError, match="threads=0"):
+        native.copy(pointer, pointer, 8, threads=0)
     for arguments in ((pointer, pointer, -1), (-1, pointer, 1), (pointer, 1 << 64, 1), (pointer, pointer, 1 << 63)):
         with pytest.raises(OverflowError):
             native.copy(*arguments)
