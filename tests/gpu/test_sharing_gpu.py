@@ -122,7 +122,7 @@ def test_three_processes_stream_from_one_copy_and_the_last_of_them_after_the_oth
     out, err = others[2].communicate("\n", timeout=120)
     assert (others[2].returncode, out.strip()) == (0, "right"), err
     assert shmem() - before < 0.25 * total
-    assert not [file for file in os.listdir("/dev/shm") if "dlpoffload" in file]
+    assert not [file for file in os.listdir("/dev/shm") if "gpu ranks" in file]
 
 
 def test_the_filler_registers_its_own_pages_after_they_are_sealed(cuda_driver: Driver) -> None:

@@ -52,7 +52,7 @@ def nothing_is_left() -> Iterator[None]:
     yield
     gc.collect()
     assert descriptors() == before
-    assert not [file for file in os.listdir("/dev/shm") if "dlpoffload" in file]
+    assert not [file for file in os.listdir("/dev/shm") if f"{os.getpid()} test" in file]
     assert not [thread for thread in threading.enumerate() if thread.name == "dlpoffload-share"]
 
 
@@ -592,7 +592,9 @@ def test_bytes_that_are_not_sealed_in_every_way_are_refused(lacking: str) -> Non
 
 
 @pytest.mark.parametrize(
-    "data", [header(16) + bytes(15), header(16) + bytes(17), header(15) + bytes(16), b"", bytes(4096), header(16)[:20]]
+    "data",
+    [header(16) + bytes(15), header(16) + bytes(17), header(15) + bytes(16), b"", bytes(4096), header(16)[:20]],
+    ids=["a byte short", "a byte long", "a tensor short", "empty", "zeros", "half a header"],
 )
 def test_sizes_that_do_not_fit_each_other_are_refused(data: bytes) -> None:
     with memory_file(data, SEALS) as descriptor, pytest.raises(CheckpointError):
