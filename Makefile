@@ -4,7 +4,7 @@
 #   make soak SOAK_ARGS="--seconds 600 --seed 7"
 #   make demo                       a real sentence encoder under a quarter of its weights
 #   make bench                      the measurements (a GPU where there is one)
-#   make sanitize                   the native core under ASan and UBSan
+#   make sanitize                   the native core under ASan and UBSan, lying producers among its tests
 #   make PYTHON=python3.12 test     another interpreter; .venv is made anew for it
 #   make test PYTEST_ARGS="-k view" fewer tests
 #
@@ -81,7 +81,7 @@ types: $(INSTALLED)
 
 .PHONY: pytest
 pytest: $(INSTALLED)
-	@echo "==> pytest: unit, interchange, torch, jax, gpu, examples"
+	@echo "==> pytest: unit, fuzz, interchange, torch, jax, gpu, examples"
 	@$(RUN) -m pytest --import-mode=importlib -n auto --maxprocesses 4 tests $(PYTEST_ARGS)
 
 .PHONY: soak

@@ -5,6 +5,7 @@ from typing import Any, Final, final
 DLPACK_VERSION: Final[tuple[int, int]]
 FLAG_READ_ONLY: Final[int]
 FLAG_IS_COPIED: Final[int]
+FLAG_IS_SUBBYTE_TYPE_PADDED: Final[int]
 
 # ---------------------------------------------------------------------------------------------- owners
 
@@ -76,7 +77,10 @@ def dlpack_capsule(
 
 @final
 class Import:
-    """A consumed capsule. Its deallocation calls the producer's deleter once, keeping a pending exception intact."""
+    """A consumed capsule, as it was when it was taken; what the producer does to it afterwards is not seen.
+
+    Its deallocation calls the producer's deleter once, keeping a pending exception intact.
+    """
 
     @property
     def pointer(self) -> int:

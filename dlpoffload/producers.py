@@ -5,8 +5,10 @@ Source: the Python array API standard, ``from_dlpack``; DLPack 1.3.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial
+from operator import index
 from typing import Any, Final
 
 from . import _native
@@ -32,19 +34,25 @@ def view_of(producer: Any, *, stream: int | None = None) -> View:
     ------
     AliasError
         The producer gives no such view: it requires a gradient, its strides are negative, its dtype has no DLPack
-        code, or it would have to copy.
+        code, it would have to copy; or what it says contradicts itself, or describes no memory that can be.
     SpecError
         The object is no producer at all.
+    DriverNotFoundError
+        Its memory is on a CUDA device, and no driver reaches that.
+
+    Of what the producer's own methods raise, ``BufferError``, ``ValueError`` and ``RuntimeError`` become an
+    `AliasError`; anything else is an error inside of the producer, and passes.
     """
     if isinstance(producer, View):
         return producer
     if hasattr(producer, "__dlpack__"):
         try:
-            return _import_capsule(_capsule_of(producer, stream), stream)
+            told = _told_device(producer)
+            return _import_capsule(_capsule_of(producer, told, stream), told, stream)
         except (BufferError, ValueError, RuntimeError) as error:
             if isinstance(error, ClosedError):
                 raise
-            if hasattr(producer, "__array_interface__"):  # NumPy exports no dtype of ml_dtypes, but says where they lie
+            if _is_array(producer):  # NumPy exports no dtype of ml_dtypes, but says where they lie
                 return _view_of_array(producer)
             raise AliasError(
                 f"a {type(producer).__name__} gives no view of its memory: {error}; "
@@ -57,17 +65,42 @@ def view_of(producer: Any, *, stream: int | None = None) -> View:
             f"a {type(producer).__name__} has neither __dlpack__ nor the buffer protocol; "
             "pass a NumPy array, a tensor, a bytearray, an mmap or a View"
         ) from None
+    except (BufferError, ValueError) as error:
+        raise AliasError(f"a {type(producer).__name__} gives no view of its memory: {error}; open it again") from error
     return _view_of_buffer(buffer)
 
 
-def _capsule_of(producer: Any, stream: int | None) -> Any:
+def _told_device(producer: Any) -> tuple[int, int]:
+    """What the producer says of its device, beside the capsule."""
+    if not hasattr(producer, "__dlpack_device__"):
+        return CPU, 0
+    told = producer.__dlpack_device__()
+    try:
+        kind, number = told
+        return index(kind), index(number)
+    except (TypeError, ValueError):
+        raise AliasError(
+            f"its __dlpack_device__ gives a {type(told).__name__} that is no pair of whole numbers"
+        ) from None
+
+
+def _check_device(told: tuple[int, int], device: tuple[int, int]) -> None:
+    """Refuse a capsule of another device than was told: its producer then did not order its work for our stream.
+
+    Host memory may have either of its names: torch calls its own page-locked, and CPU in the capsule.
+    """
+    if told == device or told[0] == CUDA_HOST or {told[0], device[0]} <= {CPU, CUDA_HOST}:
+        return
+    raise AliasError(f"its __dlpack_device__ says {told}, but its capsule {device}; one of them is not true")
+
+
+def _capsule_of(producer: Any, told: tuple[int, int], stream: int | None) -> Any:
     # torch's negative bit is not in its memory, and its __dlpack__ refuses only the conjugate one (torch 2.9 to 2.13).
     is_negative = getattr(producer, "is_neg", None)
     if callable(is_negative) and is_negative():
         raise AliasError("it is lazily negated, so its bytes have the other sign; pass x.resolve_neg()")
-    kind = int(producer.__dlpack_device__()[0]) if hasattr(producer, "__dlpack_device__") else CPU
     # The standard wants stream=None for devices without streams, and some producers check it.
-    arguments: dict[str, Any] = {"stream": stream} if kind == CUDA else {}
+    arguments: dict[str, Any] = {"stream": stream} if told[0] == CUDA else {}
     try:
         return producer.__dlpack__(**arguments, max_version=_OUR_VERSION, copy=False)
     except TypeError:
@@ -75,15 +108,19 @@ def _capsule_of(producer: Any, stream: int | None) -> Any:
         return producer.__dlpack__(**arguments)
 
 
-def _import_capsule(capsule: Any, stream: int | None) -> View:
+def _import_capsule(capsule: Any, told: tuple[int, int], stream: int | None) -> View:
     imported = _native.consume(capsule)
     if imported.flags & _native.FLAG_IS_COPIED:
         raise AliasError("the producer copied although a view was asked for; use HostBuffer.copy_of to copy")
     kind, number = imported.device
+    _check_device(told, imported.device)
     if kind not in DEVICE_NAMES:
         raise AliasError(f"its memory is on DLPack device ({kind}, {number}), which this library does not reach")
     try:
-        spec = _imported_spec(imported.shape, dtype(imported.dtype), imported.strides)
+        element = dtype(imported.dtype)
+        if element.itembits % 8 and imported.flags & _native.FLAG_IS_SUBBYTE_TYPE_PADDED:
+            raise SpecError(f"each {element} is padded to whole bytes, and views are of packed ones")
+        spec = _imported_spec(imported.shape, element, imported.strides)
     except SpecError as error:
         raise AliasError(f"its tensor cannot be described: {error}") from error
     on_host = kind in (CPU, CUDA_HOST)
@@ -126,6 +163,11 @@ def _imported_spec(shape: tuple[int, ...], element: DType, strides: tuple[int, .
     if any(s < 0 for s in strides):
         raise SpecError(f"strides {strides} of shape {shape} run backwards; make a contiguous copy first")
     return TensorSpec(shape, element, strides)
+
+
+def _is_array(producer: Any) -> bool:
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(producer, numpy.ndarray)
 
 
 def _view_of_array(array: Any) -> View:

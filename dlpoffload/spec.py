@@ -26,6 +26,10 @@ __all__ = [
     "parse_nbytes",
 ]
 
+_MAX_NDIM: Final = 64
+"""As in NumPy and the array API; the native core takes no more."""
+_MOST: Final = (1 << 63) - 1
+
 ALIGNMENT: Final = 256
 """Bytes to which every tensor inside a buffer is aligned: XLA wants 64 on the CPU, kernels 16; cuMemAlloc gives 256."""
 
@@ -152,6 +156,8 @@ class TensorSpec:
 
     def __init__(self, shape: Sequence[int], dtype: DType | str, strides: Sequence[int] | None = None) -> None:
         shape = _lengths("shape", shape)
+        if math.prod(n for n in shape if n) > _MOST:
+            raise SpecError(f"shape {shape} describes more than 2^63 elements")
         element = globals()["dtype"](dtype)
         compact = _row_major(shape)
         if strides is None:
@@ -160,6 +166,8 @@ class TensorSpec:
             strides = _lengths("strides", strides)
             if len(strides) != len(shape):
                 raise SpecError(f"shape {shape} has {len(shape)} dimensions but strides {strides} have {len(strides)}")
+            if max(strides, default=0) > _MOST or (all(shape) and _span(shape, strides) > _MOST):
+                raise SpecError(f"shape {shape} with strides {strides} spans more than 2^63 elements")
         if element.itembits % 8 and strides != compact:
             raise SpecError(
                 f'dtype "{element.name}" packs several elements into a byte, so strides {strides} of shape '
@@ -179,8 +187,7 @@ class TensorSpec:
         """Bytes from the first element to the end of the last one: the span that the tensor lives in."""
         if self.numel == 0:
             return 0
-        span = 1 + sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
-        return -(-span * self.dtype.itembits // 8)
+        return -(-_span(self.shape, self.strides) * self.dtype.itembits // 8)
 
     @property
     def is_row_major(self) -> bool:
@@ -201,11 +208,16 @@ def _lengths(what: str, values: Sequence[int]) -> tuple[int, ...]:
         lengths = tuple(n.__index__() for n in given)
     except (TypeError, AttributeError):
         raise SpecError(f"{what} is a sequence of whole numbers, not {values!r}") from None
+    if len(lengths) > _MAX_NDIM:
+        raise SpecError(f"{what} has {len(lengths)} dimensions; a tensor has at most {_MAX_NDIM}")
     if any(n < 0 for n in lengths):
         raise SpecError(f"{what} {lengths} has a negative entry; lengths are zero or more")
-    if math.prod(n for n in lengths if n) >= 1 << 63:
-        raise SpecError(f"{what} {lengths} describes more than 2^63 elements")
     return lengths
+
+
+def _span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """Elements from the first to the last one, of a tensor that has any."""
+    return 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
 
 
 def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -160,17 +160,7 @@ class View:
             The tensor would reach outside of these bytes, or start between elements.
         """
         spec = TensorSpec(shape, dtype, strides)
-        offset = checked_range(spec, byte_offset, self.pointer, self.nbytes, "view")
-        return View(
-            self._reference,
-            spec,
-            label=self.label,
-            driver=self._block_driver,
-            host_pointer=None if self.host_pointer is None else self.host_pointer + offset,
-            device_pointer=None if self.device_pointer is None else self.device_pointer + offset,
-            read_only=self.read_only,
-            ready=self._ready,
-        )
+        return self._reshaped(spec, checked_range(spec, byte_offset, self.pointer, self.nbytes, "view"))
 
     def unguarded(self) -> View:
         """View the same bytes as if they could be written: for a consumer that never writes and reads no flags.
@@ -291,13 +281,19 @@ class View:
         return None
 
     def _labelled(self, label: Label) -> View:
+        made = self._reshaped(self.spec)
+        made.label = label
+        return made
+
+    def _reshaped(self, spec: TensorSpec, offset: int = 0) -> View:
+        """As `view`, unchecked: what is only copied from need not be aligned."""
         return View(
             self._reference,
-            self.spec,
-            label=label,
+            spec,
+            label=self.label,
             driver=self._block_driver,
-            host_pointer=self.host_pointer,
-            device_pointer=self.device_pointer,
+            host_pointer=None if self.host_pointer is None else self.host_pointer + offset,
+            device_pointer=None if self.device_pointer is None else self.device_pointer + offset,
             read_only=self.read_only,
             ready=self._ready,
         )

@@ -5,6 +5,7 @@
 #   2. the module under ASan and UBSan, with every test of tests/unit/test_native_*.py; leaks count when the module
 #      itself made the allocation (Python and NumPy keep some of theirs until the process ends), and in the process
 #      of the tests only (the processes that they start are forked, or end with capsules alive, on purpose)
+#   3. the same module under the fuzzer of lying producers, tests/fuzz/capsules.py; $FUZZ_EXAMPLES of each property
 #
 # Needs Linux, GCC, and $PYTHON (default python3) with the package's test requirements.
 set -euo pipefail
@@ -49,13 +50,16 @@ for library in libasan.so libubsan.so; do
 done
 
 # Errors of ASan and UBSan end the process; leak reports do not (exitcode=0 of LSan) and are read afterwards.
+sanitized() {
+  LD_PRELOAD="${preload# }" \
+  ASAN_OPTIONS="detect_leaks=1:log_path=$out/report:allocator_may_return_null=1:malloc_context_size=4" \
+  LSAN_OPTIONS="exitcode=0:report_objects=0:print_suppressions=0" \
+  UBSAN_OPTIONS="halt_on_error=1:print_stacktrace=1:log_path=$out/report" \
+  PYTHONMALLOC=malloc PYTHONSAFEPATH=1 PYTHONDONTWRITEBYTECODE=1 PYTHONPATH="$stage" "$python" "$@"
+}
+
 cd "$root"
-LD_PRELOAD="${preload# }" \
-ASAN_OPTIONS="detect_leaks=1:log_path=$out/report:allocator_may_return_null=1:malloc_context_size=4" \
-LSAN_OPTIONS="exitcode=0:report_objects=0:print_suppressions=0" \
-UBSAN_OPTIONS="halt_on_error=1:print_stacktrace=1:log_path=$out/report" \
-PYTHONMALLOC=malloc PYTHONSAFEPATH=1 PYTHONDONTWRITEBYTECODE=1 PYTHONPATH="$stage" \
-  "$python" - "$out/pid" --import-mode=importlib -p no:cacheprovider -q tests/unit/test_native_*.py "$@" <<'PYTHON'
+sanitized - "$out/pid" --import-mode=importlib -p no:cacheprovider -q tests/unit/test_native_*.py "$@" <<'PYTHON'
 import os, pathlib, sys
 
 import pytest
@@ -63,6 +67,15 @@ import pytest
 pathlib.Path(sys.argv[1]).write_text(str(os.getpid()))
 sys.exit(pytest.main(sys.argv[2:]))
 PYTHON
+
+echo "==> tests/fuzz/capsules.py under AddressSanitizer and UBSan"
+status=0
+sanitized tests/fuzz/capsules.py --no-limits --examples "${FUZZ_EXAMPLES:-1000}" --trace "$out/example.txt" || status=$?
+if [ "$status" != 0 ]; then
+  echo "exit $status upon $(cat "$out/example.txt")" >&2
+  cat "$out"/report.* >&2 || true
+  exit "$status"
+fi
 
 # A report per process: a leak block opens with "Direct leak" or "Indirect leak"; frame 0 is malloc, frame 1 its caller.
 "$python" - "$out" "$(cat "$out/pid")" <<'PYTHON'

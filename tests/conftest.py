@@ -104,7 +104,7 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, A
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
     report = yield
     _turn_into_failure(report)
-    if report.failed:
+    if report.failed or hasattr(report, "wasxfail"):
         item.stash[_FAILED] = True
     return report
 

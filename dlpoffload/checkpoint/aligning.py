@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from ..errors import CheckpointError
-from .opening import open_checkpoint
+from .opening import index_text, open_checkpoint
 from .reading import Progress
 from .shard import Shard
 from .writing import FileLayout, ToStore, lay_out_file
@@ -75,7 +75,7 @@ def align(source: str | os.PathLike[str], target: str | os.PathLike[str], progre
         files = list(paths)
         if sharded:
             index = target / checkpoint.path.name
-            text = checkpoint.path.read_bytes()
+            text = index_text(checkpoint.path)
             _replace(index, 0o644, lambda file: file.write(text))
             files.append(index)
         return Aligned(tuple(files), len(checkpoint.specs), before, after)

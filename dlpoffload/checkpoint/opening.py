@@ -7,18 +7,22 @@ import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from io import BufferedReader
 from pathlib import Path, PurePosixPath
 from types import TracebackType
-from typing import Self
+from typing import Final, Self
 
 from ..errors import CheckpointError, SpecError
-from ..spec import TensorSpec
+from ..spec import TensorSpec, format_nbytes
 from .assembly import Assembly
 from .reading import Progress, read_into
 from .recipe import Recipe, assemblies, differences
-from .shard import Shard, open_shard, without_duplicates
+from .shard import Shard, open_regular, open_shard, without_duplicates
 
-__all__ = ["Checkpoint", "open_checkpoint"]
+__all__ = ["Checkpoint", "index_text", "open_checkpoint"]
+
+_INDEX_NBYTES: Final = 100_000_000
+"""What safetensors allows a header, which says more about each tensor."""
 
 
 class Checkpoint:
@@ -154,6 +158,8 @@ def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
         missing, a shard lacks a tensor, or two shards have the same one. Every file is closed again.
     MissingFrameworkError
         The library safetensors is not installed.
+    HostMemoryError
+        The process may not map the file, to read its header (``ulimit -v``).
     """
     path = _chosen(Path(source))
     with ExitStack() as files:
@@ -200,12 +206,26 @@ def _open_sharded(path: Path, files: ExitStack) -> Checkpoint:
     return Checkpoint(path, shards, files)
 
 
+def index_text(path: Path) -> bytes:
+    """The bytes of an index, which are few: what is larger is none, and is not read into memory."""
+    with ExitStack() as files:
+        file = open_regular(path, files)
+        nbytes = os.fstat(file.fileno()).st_size
+        if nbytes > _INDEX_NBYTES:
+            raise CheckpointError(
+                f'"{path}" is no index of a checkpoint: it has {format_nbytes(nbytes)}, which is more than '
+                f"{format_nbytes(_INDEX_NBYTES)}; pass the file of the index"
+            )
+        try:
+            return BufferedReader(file).read(nbytes)
+        except OSError as error:
+            raise CheckpointError(f'"{path}" cannot be read: {error.strerror}; check the disk') from error
+
+
 def _read_index(path: Path) -> dict[str, list[str]]:
     """The tensors of each shard that an index names."""
     try:
-        index = json.loads(path.read_bytes(), object_pairs_hook=without_duplicates)
-    except OSError as error:
-        raise CheckpointError(f'"{path}" cannot be opened: {error.strerror}; check the path') from error
+        index = json.loads(index_text(path), object_pairs_hook=without_duplicates)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f'"{path}" is no index of a checkpoint: {error}; fetch it again') from error
     weight_map = index.get("weight_map") if isinstance(index, dict) else None

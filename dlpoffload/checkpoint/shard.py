@@ -17,11 +17,11 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, Final
 
-from ..errors import CheckpointError, MissingFrameworkError, SpecError
+from ..errors import CheckpointError, HostMemoryError, MissingFrameworkError, SpecError
 from ..seals import is_sealed
 from ..spec import TensorSpec, format_nbytes
 
-__all__ = ["Shard", "Stored", "Watch", "open_shard", "stored_as", "without_duplicates"]
+__all__ = ["Shard", "Stored", "Watch", "open_regular", "open_shard", "stored_as", "without_duplicates"]
 
 _DTYPES: Final = {
     "BOOL": "bool",
@@ -123,16 +123,22 @@ def _check_unchanged(path: Path, descriptor: int, nbytes: int, changed_ns: int) 
         )
 
 
-def open_shard(path: Path, files: ExitStack) -> Shard:
-    """Open a file and read its header; `files` closes it."""
+def open_regular(path: Path, files: ExitStack) -> FileIO:
+    """Open a file that has an end: no pipe that waits, no device that never stops; `files` closes it."""
     try:
         file = files.enter_context(open(path, "rb", buffering=0, opener=_open_now))  # noqa: SIM115
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise CheckpointError(f'"{path}" cannot be opened: {reason}; check the path') from error
-    status = os.fstat(file.fileno())
-    if not stat.S_ISREG(status.st_mode):
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         raise CheckpointError(f'"{path}" is no regular file; pass a safetensors file, an index or a folder')
+    return file
+
+
+def open_shard(path: Path, files: ExitStack) -> Shard:
+    """Open a file and read its header; `files` closes it."""
+    file = open_regular(path, files)
+    status = os.fstat(file.fileno())
     validated = _validated(path)
     try:
         tensors, metadata = _read_header(path, file.fileno(), status.st_size, validated)
@@ -169,6 +175,14 @@ def _validated(path: Path) -> dict[str, tuple[str, list[int]]]:
         ) from error
     except OSError as error:
         raise CheckpointError(f'"{path}" cannot be mapped: {error}') from error
+    except MemoryError as error:
+        nbytes = os.stat(path).st_size
+        raise HostMemoryError(
+            f'the library safetensors maps all of "{path}", {format_nbytes(nbytes)}, to read its header, and was '
+            f"refused: {error}; raise the limit of this process's address space (ulimit -v)",
+            nbytes=nbytes,
+            limit="address space",
+        ) from error
 
 
 def _read_header(
@@ -179,7 +193,7 @@ def _read_header(
     if data > nbytes:
         raise CheckpointError(f'"{path}" of {format_nbytes(nbytes)} ends inside its header; fetch it again')
     header = json.loads(os.pread(descriptor, length, 8), object_pairs_hook=without_duplicates)
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None) or {}  # null means none, to the library as well
     if {name: (entry["dtype"], entry["shape"]) for name, entry in header.items()} != validated:
         raise CheckpointError(
             f'"{path}" changed while it was opened: its header is not the one that was validated; '

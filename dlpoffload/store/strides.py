@@ -25,8 +25,7 @@ def packed_for(view: View, spec: TensorSpec, name: str, device: str | None) -> V
         `spec` leaves gaps between elements, or repeats them, and the source has other strides.
     """
     if _equal_strides(view.spec, spec):
-        span = 1 + sum((n - 1) * s for n, s in zip(spec.shape, spec.strides, strict=True))
-        return view.view((span,), spec.dtype)
+        return view.view((view.nbytes,), "uint8")
     order = sorted(range(len(spec.shape)), key=lambda axis: -spec.strides[axis])
     if not _permuted(spec, order).is_row_major:
         raise AliasError(
@@ -37,7 +36,7 @@ def packed_for(view: View, spec: TensorSpec, name: str, device: str | None) -> V
         copied = HostBuffer.copy_of(view, device=device)
         view = copied.host_view(view.shape, view.dtype, strides=view.strides)
     taken = _permuted(view.spec, order)
-    return view.view(taken.shape, taken.dtype, strides=taken.strides)
+    return view._reshaped(taken)
 
 
 def _equal_strides(one: TensorSpec, other: TensorSpec) -> bool:

@@ -73,7 +73,7 @@ def move_out(stager: Stager, unit: StagedUnit, entry: str, stream: int) -> None:
     for staged, home, was_there in zip(mine, stager.copied_out(entry), at_home, strict=True):
         if was_there:
             exchange_data(staged.tensor, home, forget=True)
-        unit.homes[unit.members.index(staged)] = staged.home = home
+        unit.give_home(staged, home)
         unit.read_only = [tensor for tensor in unit.read_only if tensor is not staged.tensor]
 
 

@@ -24,7 +24,7 @@ from .outputs import detached_from
 from .saved import saved_outside
 from .tensors import current_stream, host_copy_of, place_of, tensor_in
 from .tree import Member
-from .units import StagedMember, StagedUnit, home_tensor
+from .units import Data, StagedMember, StagedUnit, home_tensor
 from .watched import exchange_data, plain_data, was_read
 from .wrapped import WrappedForward
 
@@ -117,9 +117,9 @@ class Stager:
             self.look_over(unit)
             lease = self.prefetcher.enter(unit.name, stream=stream)
             if lease.slot is not None:
-                tensors = self._tensors(unit, lease.slot.index)
+                data = self._data(unit, lease.slot.index)
                 unit.users = self._users(lease)
-                unit.point(tensors)
+                unit.point(data)
                 staged = True
             return lease
         finally:
@@ -160,14 +160,14 @@ class Stager:
         gc.collect()  # a cycle that the forward left behind keeps nothing that anybody can reach
         return self._users(lease) > unit.users
 
-    def _tensors(self, unit: StagedUnit, index: int) -> list[torch.Tensor]:
-        tensors = unit.slot_tensors.get(index)
-        if tensors is None:
+    def _data(self, unit: StagedUnit, index: int) -> Data:
+        data = unit.slot_data.get(index)
+        if data is None:
+            slot = self.slots[index]
             with torch.inference_mode(False), torch.no_grad():
-                tensors = unit.slot_tensors[index] = [
-                    tensor_in(self.slots[index], staged.slab_offset, staged.member.spec) for staged in unit.members
-                ]
-        return tensors
+                data = Data(tensor_in(slot, staged.slab_offset, staged.member.spec) for staged in unit.members)
+            unit.slot_data[index] = data
+        return data
 
     def look_over(self, unit: StagedUnit) -> None:
         """Take in what happened to a unit's tensors since it was left; nothing while it runs.
@@ -195,14 +195,14 @@ class Stager:
     def _go_home(self, unit: StagedUnit, lease: Lease) -> None:
         """On leaving: bring home what the unit's forward wrote into the slot, or put in its place."""
         assert lease.slot is not None
-        tensors = self._tensors(unit, lease.slot.index)
-        if unit.untouched(tensors):
+        data = self._data(unit, lease.slot.index)
+        if unit.untouched(data):
             unit.point(unit.homes)
             return
         written: list[StagedMember] = []
         foreign: list[tuple[StagedMember, torch.Tensor]] = []
-        for staged, tensor in zip(unit.members, tensors, strict=True):
-            if place_of(staged.tensor) != place_of(tensor):
+        for staged, place in zip(unit.members, data.places, strict=True):
+            if place_of(staged.tensor) != place:
                 foreign.append((staged, plain_data(staged.tensor)))
             elif staged.was_written():
                 staged.version = staged.member.version
@@ -310,8 +310,7 @@ class Stager:
             self.backward.abandon()
             self.ring.close()
             for unit in self.units.values():
-                unit.slot_tensors.clear()
-                unit.homes.clear()
+                unit.release()
             self.units.clear()
             self._unit_of.clear()
             self.slots.clear()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -12,11 +12,11 @@ from torch import nn
 from ..slab import Slab
 from ..transfer import Lease
 from ..view import View
-from .tensors import place_of, tensor_over
+from .tensors import Place, place_of, tensor_over
 from .tree import Member
 from .watched import exchange_data, is_noted, written_as_data
 
-__all__ = ["StagedMember", "StagedUnit", "home_tensor"]
+__all__ = ["Data", "StagedMember", "StagedUnit", "home_tensor"]
 
 _STATISTIC_NBYTES: Final = 64 << 10
 
@@ -79,6 +79,28 @@ class StagedMember:
         return start < byte_offset + nbytes and byte_offset < start + self.member.spec.nbytes
 
 
+class Data:
+    """What a unit's tensors are pointed at, in the order of its members.
+
+    Attributes
+    ----------
+    tensors : list of torch.Tensor
+    places : list of Place
+        Of these tensors. They never change, and are looked at whenever the unit is entered or left.
+    """
+
+    __slots__ = ("places", "tensors")
+
+    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+        self.tensors = list(tensors)
+        self.places: list[Place] = [place_of(tensor) for tensor in self.tensors]
+
+    def replace(self, index: int, tensor: torch.Tensor) -> None:
+        """Put another tensor in the place of one."""
+        self.tensors[index] = tensor
+        self.places[index] = place_of(tensor)
+
+
 @dataclass(eq=False, slots=True)
 class StagedUnit:
     """A module whose tensors are staged together.
@@ -100,14 +122,14 @@ class StagedUnit:
     slab: Slab
     members: list[StagedMember]
     read_only: list[torch.Tensor] = field(default_factory=list)
-    slot_tensors: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    slot_data: dict[int, Data] = field(default_factory=dict)
     active: list[Lease] = field(default_factory=list)
     users: int = 0
     own: frozenset[int] = field(init=False)
-    homes: list[torch.Tensor] = field(init=False)
+    homes: Data = field(init=False)
 
     def __post_init__(self) -> None:
-        self.homes = [staged.home for staged in self.members]
+        self.homes = Data(staged.home for staged in self.members)
         self.own = frozenset(
             id(tensor) for staged in self.members for tensor in (staged.tensor, staged.member.of_module[1])
         )
@@ -116,12 +138,12 @@ class StagedUnit:
         """Name and tensor of what the module has, by which every member is reached."""
         return [staged.member.of_module for staged in self.members]
 
-    def untouched(self, data: Sequence[torch.Tensor]) -> bool:
+    def untouched(self, data: Data) -> bool:
         """Whether a quick look finds every tensor where it was put, and nothing done to it: nearly always so."""
-        for staged, put in zip(self.members, data, strict=True):
+        for staged, place in zip(self.members, data.places, strict=True):
             tensor = staged.tensor
             if (
-                place_of(tensor) != place_of(put)
+                place_of(tensor) != place
                 or staged.member.version != staged.version
                 or is_noted(tensor)
                 or (staged.keepers and staged.written_unseen)
@@ -129,10 +151,20 @@ class StagedUnit:
                 return False
         return True
 
-    def point(self, data: Sequence[torch.Tensor]) -> None:
+    def point(self, data: Data) -> None:
         """Give every tensor other data."""
-        for staged, put in zip(self.members, data, strict=True):
+        for staged, put in zip(self.members, data.tensors, strict=True):
             exchange_data(staged.tensor, put)
+
+    def give_home(self, staged: StagedMember, home: torch.Tensor) -> None:
+        """Let a member be at home in other bytes from now on."""
+        staged.home = home
+        self.homes.replace(self.members.index(staged), home)
+
+    def release(self) -> None:
+        """Let go of slots and homes."""
+        self.slot_data.clear()
+        self.homes = Data(())
 
     def generations(self, byte_offset: int, nbytes: int) -> tuple[int, ...]:
         """How often a range of the slab changed."""

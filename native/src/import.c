@@ -1,16 +1,29 @@
-/* The consumer: take a capsule over, check what it says, call its deleter once. */
+/* The consumer: take a capsule over, check what it says, call its deleter once.
+ *
+ * Everything is read once, when the capsule is taken, and what was checked is what is told from then on: the producer
+ * may lie, and change its struct afterwards. It is copied out, because a lying pointer need not be aligned either.
+ */
 #include <dlpack/dlpack.h>
+#include <string.h>
 
 #include "core.h"
+#include "gather.h"
 
 typedef struct {
     PyObject_HEAD
-    const DLTensor *tensor;               /* inside one of: */
-    DLManagedTensor *legacy;
+    DLManagedTensor *legacy; /* one of the two; neither before the capsule is taken */
     DLManagedTensorVersioned *versioned;
+    union {
+        void (*legacy)(DLManagedTensor *);
+        void (*versioned)(DLManagedTensorVersioned *);
+    } deleter;
+    DLTensor tensor; /* its shape and strides are the producer's: these are ours */
+    PyObject *shape, *strides;
+    DLPackVersion version;
+    uint64_t flags;
 } import_object;
 
-static const DLTensor *tensor_of(PyObject *self) { return ((import_object *)self)->tensor; }
+static import_object *import_of(PyObject *self) { return (import_object *)self; }
 
 static uint64_t first_element(const DLTensor *tensor) {
     return (uint64_t)(uintptr_t)tensor->data + tensor->byte_offset;
@@ -28,14 +41,16 @@ static PyObject *int64_tuple(const int64_t *numbers, int n) {
 /* ------------------------------------------------------------------------------------------------ the type */
 
 static void import_dealloc(PyObject *self) {
-    import_object *import = (import_object *)self;
+    import_object *import = import_of(self);
     PyTypeObject *type = Py_TYPE(self);
-    if (import->tensor) {
+    Py_CLEAR(import->shape);
+    Py_CLEAR(import->strides);
+    if (import->legacy || import->versioned) {
         /* The producer's deleter may run Python, and this may happen while an exception is on its way. */
         PyObject *kind, *value, *traceback;
         PyErr_Fetch(&kind, &value, &traceback);
-        if (import->legacy && import->legacy->deleter) import->legacy->deleter(import->legacy);
-        if (import->versioned && import->versioned->deleter) import->versioned->deleter(import->versioned);
+        if (import->legacy && import->deleter.legacy) import->deleter.legacy(import->legacy);
+        if (import->versioned && import->deleter.versioned) import->deleter.versioned(import->versioned);
         if (PyErr_Occurred()) PyErr_WriteUnraisable(NULL);
         PyErr_Restore(kind, value, traceback);
     }
@@ -45,44 +60,41 @@ static void import_dealloc(PyObject *self) {
 
 static PyObject *get_pointer(PyObject *self, void *closure) {
     (void)closure;
-    return PyLong_FromUnsignedLongLong(first_element(tensor_of(self)));
+    return PyLong_FromUnsignedLongLong(first_element(&import_of(self)->tensor));
 }
 
 static PyObject *get_device(PyObject *self, void *closure) {
     (void)closure;
-    DLDevice device = tensor_of(self)->device;
+    DLDevice device = import_of(self)->tensor.device;
     return Py_BuildValue("(ii)", (int)device.device_type, (int)device.device_id);
 }
 
 static PyObject *get_dtype(PyObject *self, void *closure) {
     (void)closure;
-    DLDataType dtype = tensor_of(self)->dtype;
+    DLDataType dtype = import_of(self)->tensor.dtype;
     return Py_BuildValue("(iii)", (int)dtype.code, (int)dtype.bits, (int)dtype.lanes);
 }
 
 static PyObject *get_shape(PyObject *self, void *closure) {
     (void)closure;
-    return int64_tuple(tensor_of(self)->shape, tensor_of(self)->ndim);
+    return Py_NewRef(import_of(self)->shape);
 }
 
 static PyObject *get_strides(PyObject *self, void *closure) {
     (void)closure;
-    const DLTensor *tensor = tensor_of(self);
-    if (!tensor->strides && tensor->ndim) Py_RETURN_NONE;
-    return int64_tuple(tensor->strides, tensor->ndim);
+    return Py_NewRef(import_of(self)->strides);
 }
 
 static PyObject *get_flags(PyObject *self, void *closure) {
     (void)closure;
-    DLManagedTensorVersioned *versioned = ((import_object *)self)->versioned;
-    return PyLong_FromUnsignedLongLong(versioned ? versioned->flags : 0);
+    return PyLong_FromUnsignedLongLong(import_of(self)->flags);
 }
 
 static PyObject *get_version(PyObject *self, void *closure) {
     (void)closure;
-    DLManagedTensorVersioned *versioned = ((import_object *)self)->versioned;
-    if (!versioned) Py_RETURN_NONE;
-    return Py_BuildValue("(II)", (unsigned)versioned->version.major, (unsigned)versioned->version.minor);
+    import_object *import = import_of(self);
+    if (!import->versioned) Py_RETURN_NONE;
+    return Py_BuildValue("(II)", (unsigned)import->version.major, (unsigned)import->version.minor);
 }
 
 static PyGetSetDef import_getset[] = {
@@ -112,10 +124,16 @@ PyType_Spec import_spec = {
 
 /* ----------------------------------------------------------------------------------------------- consuming */
 
-static const char *tensor_fault(const DLTensor *tensor) {
+/* Copy shape and strides out where there may be any, and check the layout. */
+static const char *tensor_fault(const DLTensor *tensor, int64_t *shape, int64_t *strides) {
     if (tensor->byte_offset > UINT64_MAX - (uint64_t)(uintptr_t)tensor->data) return "the byte offset overflows";
-    return layout_fault(first_element(tensor), tensor->ndim, tensor->shape, tensor->strides,
-                        (unsigned)tensor->dtype.bits * tensor->dtype.lanes);
+    if (tensor->ndim > 0 && tensor->ndim <= DLPO_MAX_NDIM && tensor->shape) {
+        size_t nbytes = (size_t)tensor->ndim * sizeof *shape;
+        memcpy(shape, tensor->shape, nbytes);
+        if (tensor->strides) memcpy(strides, tensor->strides, nbytes);
+    }
+    return layout_fault(first_element(tensor), tensor->ndim, tensor->shape ? shape : NULL,
+                        tensor->strides ? strides : NULL, (unsigned)tensor->dtype.bits * tensor->dtype.lanes);
 }
 
 static bool refuse(const char *fault) {
@@ -138,28 +156,38 @@ static bool refuse_name(PyObject *capsule) {
 }
 
 static bool take(PyObject *capsule, import_object *import) {
-    const DLTensor *tensor;
     DLManagedTensor *legacy = NULL;
     DLManagedTensorVersioned *versioned = NULL;
     if (PyCapsule_IsValid(capsule, "dltensor")) {
         legacy = PyCapsule_GetPointer(capsule, "dltensor");
-        tensor = &legacy->dl_tensor;
+        DLManagedTensor said;
+        memcpy(&said, legacy, sizeof said);
+        import->tensor = said.dl_tensor;
+        import->deleter.legacy = said.deleter;
     } else if (PyCapsule_IsValid(capsule, "dltensor_versioned")) {
         versioned = PyCapsule_GetPointer(capsule, "dltensor_versioned");
-        if (versioned->version.major != DLPACK_MAJOR_VERSION) { /* then nothing behind the deleter may be read */
+        memcpy(&import->version, versioned, sizeof import->version);
+        if (import->version.major != DLPACK_MAJOR_VERSION) { /* then nothing behind the deleter may be read */
             PyErr_Format(PyExc_ValueError, "the capsule is of DLPack %u.%u; this library reads %d.x",
-                         (unsigned)versioned->version.major, (unsigned)versioned->version.minor,
-                         DLPACK_MAJOR_VERSION);
+                         (unsigned)import->version.major, (unsigned)import->version.minor, DLPACK_MAJOR_VERSION);
             return false;
         }
-        tensor = &versioned->dl_tensor;
+        DLManagedTensorVersioned said;
+        memcpy(&said, versioned, sizeof said);
+        import->tensor = said.dl_tensor;
+        import->deleter.versioned = said.deleter;
+        import->flags = said.flags;
     } else {
         return refuse_name(capsule);
     }
-    const char *fault = tensor_fault(tensor);
+    int64_t shape[DLPO_MAX_NDIM], strides[DLPO_MAX_NDIM];
+    const DLTensor *tensor = &import->tensor;
+    const char *fault = tensor_fault(tensor, shape, strides);
     if (fault) return refuse(fault);
+    import->shape = int64_tuple(shape, tensor->ndim);
+    import->strides = tensor->ndim && !tensor->strides ? Py_NewRef(Py_None) : int64_tuple(strides, tensor->ndim);
+    if (!import->shape || !import->strides) return false;
     if (PyCapsule_SetName(capsule, legacy ? "used_dltensor" : "used_dltensor_versioned")) return false;
-    import->tensor = tensor;
     import->legacy = legacy;
     import->versioned = versioned;
     return true;
@@ -177,7 +205,7 @@ static PyObject *consume(PyObject *module, PyObject *capsule) {
     Py_END_CRITICAL_SECTION();
 #endif
     if (taken) return (PyObject *)import;
-    Py_DECREF(import); /* with nothing in it, so the error stays */
+    Py_DECREF(import); /* it has taken nothing, so the error stays */
     return NULL;
 }
 

@@ -126,6 +126,9 @@ static PyObject *buffer_pointer(PyObject *module, PyObject *buffer) {
     return PyLong_FromUnsignedLongLong(address);
 }
 
+/* Small enough that a weight of some ten MiB is shared out, large enough to be worth a thread. */
+static const size_t COPY_PIECE = (size_t)4 << 20;
+
 typedef struct {
     char *destination;
     const char *source;
@@ -156,7 +159,7 @@ static PyObject *copy(PyObject *module, PyObject *args, PyObject *kwargs) {
     copying range = {address_of(destination), address_of(source)};
     Py_BEGIN_ALLOW_THREADS
     if (overlap) memmove(range.destination, range.source, (size_t)nbytes);
-    else dlpo_in_pieces((size_t)nbytes, (unsigned)threads, copy_piece, &range);
+    else dlpo_in_pieces((size_t)nbytes, COPY_PIECE, (unsigned)threads, copy_piece, &range);
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
 }

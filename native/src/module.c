@@ -15,7 +15,9 @@ static int add_constants(PyObject *module) {
     int failed = !version || PyModule_AddObjectRef(module, "DLPACK_VERSION", version) < 0;
     Py_XDECREF(version);
     return failed || PyModule_AddIntConstant(module, "FLAG_READ_ONLY", DLPACK_FLAG_BITMASK_READ_ONLY) < 0 ||
-           PyModule_AddIntConstant(module, "FLAG_IS_COPIED", DLPACK_FLAG_BITMASK_IS_COPIED) < 0;
+           PyModule_AddIntConstant(module, "FLAG_IS_COPIED", DLPACK_FLAG_BITMASK_IS_COPIED) < 0 ||
+           PyModule_AddIntConstant(module, "FLAG_IS_SUBBYTE_TYPE_PADDED",
+                                   DLPACK_FLAG_BITMASK_IS_SUBBYTE_TYPE_PADDED) < 0;
 }
 
 static int execute(PyObject *module) {

@@ -18,6 +18,9 @@
 #define MADV_POPULATE_READ 22
 #endif
 
+/* Whole huge pages, small enough that threads end together and stop soon after an error. */
+static const size_t PIECE = (size_t)32 << 20;
+
 static size_t page_size(void) { return (size_t)sysconf(_SC_PAGESIZE); }
 
 static int advise_huge_pages(void *address, size_t nbytes) {
@@ -160,5 +163,5 @@ int dlpo_populate(void *address, size_t nbytes, unsigned threads, bool write) {
     range.advise = can_populate(range.start, write);
     /* A touch of a file that became shorter would end the process; whoever cannot advise reads it instead. */
     if (!write && !range.advise) return ENOSYS;
-    return dlpo_in_pieces((uintptr_t)address + nbytes - start, threads, fault_in, &range);
+    return dlpo_in_pieces((uintptr_t)address + nbytes - start, PIECE, threads, fault_in, &range);
 }

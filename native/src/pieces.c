@@ -5,14 +5,12 @@
 #include <signal.h>
 #include <stdatomic.h>
 
-/* Whole huge pages, small enough that threads end together and stop soon after an error. */
-static const size_t PIECE = (size_t)32 << 20;
 enum { MAX_THREADS = 256 };
 
 typedef struct {
     dlpo_piece work;
     const void *context;
-    size_t nbytes;
+    size_t nbytes, piece;
     atomic_size_t next;
     atomic_int error;
 } range;
@@ -20,23 +18,23 @@ typedef struct {
 static void *take_pieces(void *argument) {
     range *shared = argument;
     while (atomic_load(&shared->error) == 0) {
-        size_t at = atomic_fetch_add(&shared->next, PIECE);
+        size_t at = atomic_fetch_add(&shared->next, shared->piece);
         if (at >= shared->nbytes) break;
         size_t left = shared->nbytes - at;
-        int error = shared->work(shared->context, at, left < PIECE ? left : PIECE);
+        int error = shared->work(shared->context, at, left < shared->piece ? left : shared->piece);
         int none = 0;
         if (error) atomic_compare_exchange_strong(&shared->error, &none, error);
     }
     return NULL;
 }
 
-int dlpo_in_pieces(size_t nbytes, unsigned threads, dlpo_piece work, const void *context) {
+int dlpo_in_pieces(size_t nbytes, size_t piece, unsigned threads, dlpo_piece work, const void *context) {
     if (nbytes == 0) return 0;
-    range shared = {.work = work, .context = context, .nbytes = nbytes};
+    range shared = {.work = work, .context = context, .nbytes = nbytes, .piece = piece};
     atomic_init(&shared.next, 0);
     atomic_init(&shared.error, 0);
 
-    size_t pieces = (nbytes - 1) / PIECE + 1;
+    size_t pieces = (nbytes - 1) / piece + 1;
     if (threads > pieces) threads = (unsigned)pieces;
     if (threads > MAX_THREADS) threads = MAX_THREADS;
     pthread_t others[MAX_THREADS];

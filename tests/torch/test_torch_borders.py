@@ -201,11 +201,11 @@ def test_mixed_devices_on_the_devices(how: str, said: str, more: dict[str, int],
     module.glued.scaled.scale = module.glued.scaled.scale.to(torch_device_of(pair[0]))
     device_map = {path: pair[index] for path, index in PARTED.items()}
     whole = {**device_map, **{path: pair[index] for path, index in more.items()}}
-    reference = resident(module, whole)
+    parted, reference = resident(module, device_map), resident(module, whole)
     handle = offload_split(module, device_map)
     x = torch.linspace(-1, 1, 96).reshape(3, 32).to(torch_device_of(pair[0]))
     with torch.no_grad():
-        chain = reference(x)
+        chain = parted(x)
         assert same(module(x), chain)
         if torch_device_of(pair[0]) == torch_device_of(pair[1]):
             assert same(module(x, how), reference(x, how))

@@ -538,3 +538,52 @@ def test_index_that_is_none(tmp_path: Path, text: str, words: str) -> None:
     message = refused(tmp_path)
     assert words in message
     assert str(index) in message
+
+
+def test_metadata_that_is_null_is_none(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.safetensors", {"__metadata__": None, "a": entry("U8", [1], 0, 1)}, b"x")
+    with open_checkpoint(path) as checkpoint:
+        assert checkpoint.metadata == {}
+        assert list(checkpoint.specs) == ["a"]
+
+
+def test_more_dimensions_than_a_tensor_has(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.safetensors", {"a": entry("U8", [1] * 65, 0, 1)}, b"x")
+    assert "65 dimensions; a tensor has at most 64" in refused(path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"), [("pipe", "no regular file"), ("device", "no regular file"), ("large", "more than")]
+)
+def test_an_index_that_never_ends_is_not_read(tmp_path: Path, kind: str, words: str) -> None:
+    path = tmp_path / "model.safetensors.index.json"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        with path.open("wb") as file:
+            file.truncate(1 << 40)
+    assert words in refused(path)
+
+
+LIMITED = """
+import resource, sys
+from dlpoffload import HostStore
+from dlpoffload.errors import HostMemoryError
+most = 4096 * int(open("/proc/self/statm").read().split()[0]) + (256 << 20)
+resource.setrlimit(resource.RLIMIT_AS, (most, most))
+try:
+    HostStore.copy_of(sys.argv[1], device="cpu")
+except HostMemoryError as error:
+    assert (error.nbytes, error.limit) == (int(sys.argv[2]), "address space"), error
+    assert "ulimit -v" in str(error)
+    print("refused")
+"""
+
+
+def test_a_process_that_may_not_map_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.safetensors", {"a": entry("U8", [1 << 36], 0, 1 << 36)})
+    os.truncate(path, path.stat().st_size + (1 << 36))
+    command = [sys.executable, "-c", LIMITED, str(path), str(path.stat().st_size)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "refused\n"

@@ -9,44 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from foreign import NAMES, Deleter, Legacy, Tensor, Versioned, new_capsule
 
 MEMORY = ctypes.create_string_buffer(4096)
 ADDRESS = ctypes.addressof(MEMORY)
-
-new_capsule = ctypes.pythonapi.PyCapsule_New
-new_capsule.restype = ctypes.py_object
-new_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
-Deleter = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-
-
-class Tensor(ctypes.Structure):
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("device_type", ctypes.c_int32),
-        ("device_id", ctypes.c_int32),
-        ("ndim", ctypes.c_int32),
-        ("code", ctypes.c_uint8),
-        ("bits", ctypes.c_uint8),
-        ("lanes", ctypes.c_uint16),
-        ("shape", ctypes.POINTER(ctypes.c_int64)),
-        ("strides", ctypes.POINTER(ctypes.c_int64)),
-        ("byte_offset", ctypes.c_uint64),
-    )
-
-
-class Legacy(ctypes.Structure):
-    _fields_ = (("tensor", Tensor), ("context", ctypes.c_void_p), ("deleter", Deleter))
-
-
-class Versioned(ctypes.Structure):
-    _fields_ = (
-        ("major", ctypes.c_uint32),
-        ("minor", ctypes.c_uint32),
-        ("context", ctypes.c_void_p),
-        ("deleter", Deleter),
-        ("flags", ctypes.c_uint64),
-        ("tensor", Tensor),
-    )
 
 
 class Foreign:
@@ -81,7 +47,7 @@ class Foreign:
             self.managed.major, self.managed.minor, self.managed.flags = 1, 1, 0
         for name, value in fields.items():
             setattr(self.managed if hasattr(self.managed, name) else tensor, name, value)
-        self.name = b"dltensor_versioned" if versioned else b"dltensor"
+        self.name = NAMES[versioned]
 
     def capsule(self) -> Any:
         return new_capsule(ctypes.addressof(self.managed), self.name, None)
@@ -144,6 +110,16 @@ def test_numpy_is_consumed(native: ModuleType) -> None:
         assert imported.pointer == array.ctypes.data
         assert (imported.shape, imported.strides) == ((2, 2, 4), (12, 8, 1))
         assert (imported.dtype, imported.version) == ((0, 16, 1), version)
+
+
+def test_what_the_producer_changes_afterwards_is_not_seen(native: ModuleType, versioned: bool) -> None:
+    foreign = Foreign((2, 5), (7, 1), versioned=versioned, byte_offset=24)
+    imported = native.consume(foreign.capsule())
+    tensor = foreign.managed.tensor
+    foreign._shape[0] = foreign._strides[0] = -1
+    tensor.data, tensor.ndim, tensor.shape, tensor.strides, tensor.device_type = 1, 64, None, None, 2
+    assert (imported.pointer, imported.device) == (ADDRESS + 24, (1, 0))
+    assert (imported.shape, imported.strides) == ((2, 5), (7, 1))
 
 
 # ---------------------------------------------------------------------------------------------------- refusals

@@ -233,3 +233,25 @@ def test_a_dtype_is_a_value() -> None:
     assert DType("float32", 2, 32) == dtype("float32")
     with pytest.raises(AttributeError):
         dtype("float32").bits = 16  # type: ignore[misc]
+
+
+def test_strides_of_many_dimensions_are_no_product() -> None:
+    """They may multiply to any number: it is the span of the tensor that must be."""
+    shape = (2,) * 20
+    spec = TensorSpec(shape, "float64")
+    assert TensorSpec(shape, "float64", spec.strides) == spec
+    assert spec.nbytes == 8 << 20
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides", "message"),
+    [
+        ((1,) * 65, None, "65 dimensions; a tensor has at most 64"),
+        ((1 << 32, 1 << 32), None, r"more than 2\^63 elements"),
+        ((3,), (1 << 62,), r"spans more than 2\^63 elements"),
+        ((1,), (1 << 63,), r"spans more than 2\^63 elements"),
+    ],
+)
+def test_what_no_memory_can_hold_is_refused(shape: Any, strides: Any, message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        TensorSpec(shape, "uint8", strides)

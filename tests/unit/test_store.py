@@ -198,6 +198,16 @@ def test_copy_into_replaces(weights: dict[str, Any], rng: Any) -> None:
             assert same(store, name, new if name == "1.w" else array)
 
 
+def test_a_source_need_not_be_aligned(rng: Any) -> None:
+    """A tensor out of the middle of a file's bytes: kernels would mind, a copy does not."""
+    data = rng.bytes(1 + 8 * 12)
+    array = np.frombuffer(data, "f8", 12, offset=1).reshape(3, 4)
+    assert array.ctypes.data % 8
+    for source in (array, array.T, array[:, ::2]):
+        with HostStore.copy_of({"x": source}, device="cpu") as store:
+            assert bytes(store.host_view("x").memoryview()) == source.tobytes()
+
+
 def test_copy_into_itself_turned_is_refused_not_garbled() -> None:
     square = np.arange(9.0).reshape(3, 3)
     with HostStore.copy_of({"x": square}, device="cpu") as store:

@@ -597,6 +597,68 @@ def test_a_producer_from_before_dlpack_1_is_asked_in_its_own_words(buffer: dlpo.
     assert (back.pointer, back.read_only) == (view.pointer, False)
 
 
+@pytest.mark.parametrize("told", [None, (), (1,), (1, 0, 0), "cpu", (1.0, 0), 1])
+def test_a_device_that_is_none_is_refused(buffer: dlpo.HostBuffer, told: Any) -> None:
+    class Garbled(Producer):
+        def __dlpack_device__(self) -> Any:
+            return told
+
+    with pytest.raises(AliasError, match=r"__dlpack_device__ gives a .* that is no pair of whole numbers"):
+        view_of(Garbled(buffer.host_view((4,), "int8")))
+
+
+@pytest.mark.parametrize("told", [(CUDA, 0), (ROCM, 0), (0, 0)])
+def test_a_device_that_is_not_the_capsules_is_refused(buffer: dlpo.HostBuffer, told: Any) -> None:
+    """Its producer ordered its work for another stream than ours, or for none."""
+
+    class Two(Producer):
+        def __dlpack__(self, **asked: Any) -> Any:
+            return self.view.__dlpack__(**{**asked, "stream": None})
+
+        def __dlpack_device__(self) -> Any:
+            return told
+
+    with pytest.raises(AliasError, match=re.escape(f"says {told}, but its capsule (1, 0)")):
+        view_of(Two(buffer.host_view((4,), "int8")))
+
+
+def test_page_locked_memory_may_be_called_cpu_in_the_capsule(buffer: dlpo.HostBuffer) -> None:
+    view = buffer.host_view((4,), "int8", label="pinned_as_cpu")
+    assert view_of(Producer(view)).pointer == view.pointer
+
+
+@pytest.mark.parametrize(("name", "refused"), [("int4", True), ("float4_e2m1fn_x2", False), ("int8", False)])
+def test_elements_that_are_padded_to_bytes_are_not_read_as_packed_ones(
+    buffer: dlpo.HostBuffer, name: str, refused: bool
+) -> None:
+    view = buffer.host_view((4,), name)
+
+    class Padded(Producer):
+        def __dlpack__(self, **_: Any) -> Any:
+            made, spec = self.view, self.view.spec
+            told = (spec.dtype.code, spec.dtype.bits, spec.dtype.lanes)
+            padded = _native.FLAG_IS_SUBBYTE_TYPE_PADDED
+            return _native.dlpack_capsule(
+                made._reference, made.pointer, (CPU, 0), told, spec.shape, spec.strides, padded, True
+            )
+
+    if not refused:
+        assert view_of(Padded(view)).spec == view.spec
+        return
+    with pytest.raises(AliasError, match="padded to whole bytes"):
+        view_of(Padded(view))
+
+
+def test_a_buffer_that_is_closed_gives_no_view() -> None:
+    mapped = mmap.mmap(-1, 4096)
+    mapped.close()
+    released = memoryview(b"some bytes")
+    released.release()
+    for gone in (mapped, released):
+        with pytest.raises(AliasError, match="gives no view of its memory"):
+            view_of(gone)
+
+
 def test_a_type_error_of_the_producer_itself_is_not_hidden() -> None:
     class Broken:
         def __dlpack__(self, **asked: Any) -> Any:
