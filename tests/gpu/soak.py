@@ -38,7 +38,8 @@ GROWTH = {"PSS": 24 * MIB, "anonymous": 24 * MIB, "device": 48 * MIB, "threads":
 def work(args: argparse.Namespace) -> int:
     """Run the lanes until time is up; says so on stdout, as JSON."""
     import torch
-    from soak_lanes import LANES, Refusals
+    from soak_lanes import Refusals
+    from soak_torch import TorchLane
 
     import dlpoffload as dlpo
     from dlpoffload import lifetime
@@ -51,8 +52,12 @@ def work(args: argparse.Namespace) -> int:
     failed: list[str] = []
     with installed(driver):
         refusals = Refusals(driver)
-        names = [name for name in LANES if name != "jax" or importlib.util.find_spec("jax")]
-        lanes = [LANES[name](name, args.device, args.seed, refusals, args.width) for name in names]
+        kinds: dict[str, Any] = {"torch a": TorchLane, "torch b": TorchLane}
+        if importlib.util.find_spec("jax"):
+            from soak_jax import JaxLane
+
+            kinds["jax"] = JaxLane
+        lanes = [kind(name, args.device, args.seed, refusals, args.width) for name, kind in kinds.items()]
         driver.synchronize()  # lanes have streams of their own
         end = time.monotonic() + args.seconds
 
@@ -63,7 +68,7 @@ def work(args: argparse.Namespace) -> int:
                 failed.append(f"{lane.name}, after {', '.join(lane.log)}:\n{traceback.format_exc()}")
 
         threads = [threading.Thread(target=run, args=(lane,)) for lane in lanes]
-        print(json.dumps({"event": "begin", "lanes": names}), flush=True)
+        print(json.dumps({"event": "begin", "lanes": list(kinds)}), flush=True)
         for thread in threads:
             thread.start()
         for thread in threads:

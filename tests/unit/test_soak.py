@@ -88,15 +88,14 @@ def test_a_run_that_was_not_measured_is_no_success(soak: ModuleType) -> None:
 
 PLANTED = """
 import argparse, sys
-import soak, soak_lanes
+import soak, soak_torch
 
 def update(lane):
-    with soak_lanes.torch.no_grad():
+    with soak_torch.torch.no_grad():
         lane.twin.layers[2].up.bias[0] += 1  # and not the module's
     lane.step()
 
-soak_lanes.TorchLane.update = update
-soak_lanes.LANES = {"torch a": soak_lanes.TorchLane}
+soak_torch.TorchLane.update = update
 sys.exit(soak.work(argparse.Namespace(seconds=30.0, device="cpu", seed=0, width=64)))
 """
 
@@ -109,6 +108,6 @@ def test_a_byte_that_differs_ends_the_run_and_is_named() -> None:
         [sys.executable, "-c", PLANTED], env=environment, capture_output=True, text=True, timeout=100, check=False
     )
     assert run.returncode == 0, run.stderr
-    (failed,) = json.loads(run.stdout.splitlines()[-1])["failed"]
+    failed = json.loads(run.stdout.splitlines()[-1])["failed"][0]
     assert "an output differs from the resident twin's, after" in failed
     assert failed.partition(":")[0].endswith("update")
