@@ -1,6 +1,7 @@
 # Everything from nothing: an environment in .venv, the package built as a wheel and installed into it.
 #
-#   make test                       lint, types, native warnings, tests, examples
+#   make test                       lint, types, native warnings, tests, examples, a minute of soak
+#   make soak SOAK_ARGS="--seconds 600 --seed 7"
 #   make demo                       a real sentence encoder under a quarter of its weights
 #   make bench                      the measurements (a GPU where there is one)
 #   make sanitize                   the native core under ASan and UBSan, lying producers among its tests
@@ -14,6 +15,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+SOAK_ARGS ?= --seconds 60
 
 TORCH := torch==2.13.0
 JAX := "jax==0.10.2; python_version < '3.12'" "jax>=0.10.2; python_version >= '3.12'"
@@ -82,8 +84,13 @@ pytest: $(INSTALLED)
 	@echo "==> pytest: unit, fuzz, interchange, torch, jax, gpu, examples"
 	@$(RUN) -m pytest --import-mode=importlib -n auto --maxprocesses 4 tests $(PYTEST_ARGS)
 
+.PHONY: soak
+soak: $(INSTALLED)
+	@echo "==> soak: tests/gpu/soak.py"
+	@$(RUN) tests/gpu/soak.py $(SOAK_ARGS)
+
 .PHONY: test
-test: lint types pytest
+test: lint types pytest soak
 
 .PHONY: demo
 demo: $(INSTALLED)

@@ -41,7 +41,7 @@ _HOME = {
         "trace_allocations",
     ),
     "planning": ("Placement", "Plan", "Unit", "plan"),
-    "store": ("HostStore",),
+    "store": ("HostStore", "open_shared", "share"),
     "checkpoint": ("align",),
     "transfer": ("Prefetcher", "SlotRing"),
     "driver": ("default_device", "open_driver"),
@@ -88,6 +88,8 @@ if TYPE_CHECKING:
     from .spec import lay_out as lay_out
     from .spec import parse_nbytes as parse_nbytes
     from .store import HostStore as HostStore
+    from .store import open_shared as open_shared
+    from .store import share as share
     from .transfer import Prefetcher as Prefetcher
     from .transfer import SlotRing as SlotRing
     from .view import Label as Label

@@ -15,7 +15,7 @@ from typing import Final
 from . import _native, lifetime
 from .driver import Driver
 from .errors import HostMemoryError, RegistrationError
-from .limits import check_host_budget, host_limits
+from .limits import PAGE_TABLE_ENTRY_NBYTES, check_host_budget, host_limits
 from .maps import Access
 from .pages import Pages, PinOptions, map_pages, populate, refused
 from .registrations import (
@@ -79,12 +79,21 @@ class Block:
         yield byte_offset, end - byte_offset
 
 
-def check_pinning(nbytes: int, driver: Driver, host_budget: int | None = None) -> None:
-    """Refuse, with the figures, what this machine or `host_budget` has not; before anything is mapped."""
+def check_pinning(nbytes: int, driver: Driver, host_budget: int | None = None, *, there_nbytes: int = 0) -> None:
+    """Refuse, with the figures, what this machine or `host_budget` has not; before anything is mapped.
+
+    Of the bytes about to be pinned, `there_nbytes` are memory already that the system counts as used: for them it only
+    has to give page tables.
+    """
     lifetime.drain()  # first: what waits to be freed is not missing
     pinned, limits = pinned_nbytes(), host_limits()
+    new_nbytes = nbytes - there_nbytes + there_nbytes // _PAGE * PAGE_TABLE_ENTRY_NBYTES
     check_host_budget(
-        nbytes, limits, pinned_nbytes=pinned, pinned_file_nbytes=pinned_file_nbytes(), host_budget=host_budget
+        nbytes if host_budget is not None else new_nbytes,
+        limits,
+        pinned_nbytes=pinned,
+        pinned_file_nbytes=pinned_file_nbytes(),
+        host_budget=host_budget,
     )
     check_wall(nbytes, pinned, driver, limits)
 

@@ -17,6 +17,7 @@ from . import _native, lifetime
 from .blocks import Block, check_pinning, pinned_block
 from .driver import Driver
 from .errors import RegistrationError
+from .memfile import is_in_memory
 from .pages import host_threads
 from .registrations import registrations, stuck
 
@@ -73,7 +74,9 @@ def map_file_range(
     check_mappable(driver, path)
     start = byte_offset // _PAGE * _PAGE
     length = byte_offset + nbytes - start
-    check_pinning(length, driver, host_budget)
+    # Memory that is a file, too, is no page cache: it was used before it was pinned.
+    there = is_in_memory(descriptor)
+    check_pinning(length, driver, host_budget, there_nbytes=length if there else 0)
     try:
         mapping = mmap.mmap(descriptor, length, mmap.MAP_SHARED, mmap.PROT_READ, offset=start)
     except (OSError, ValueError) as error:
@@ -83,7 +86,7 @@ def map_file_range(
     _populate(path, descriptor, pointer, start, length, done)
     try:
         with lifetime.lock:
-            used = registrations.acquire(pointer, pointer + length, driver, read_only=True, in_page_cache=True)
+            used = registrations.acquire(pointer, pointer + length, driver, read_only=True, in_page_cache=not there)
     except BaseException as error:
         if registrations.touching(pointer, pointer + length, driver):
             stuck[id(mapping)] = mapping

@@ -1,13 +1,7 @@
-"""Rewrite a checkpoint so that its tensors are aligned in the file, and can be mapped from it as they are.
-
-The header is padded with spaces, which the format allows, until the data start on a multiple of 256 bytes. Gaps between
-tensors it does not allow; so they are put in order: first those whose bytes are a multiple of 256, then of 128, and so
-on. Only what comes behind a tensor of an odd size is left off the 16 bytes that kernels want.
-"""
+"""Rewrite a checkpoint so that its tensors are aligned in the file, and can be mapped from it as they are."""
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 import tempfile
@@ -18,14 +12,13 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from ..errors import CheckpointError
-from ..spec import ALIGNMENT
 from .opening import index_text, open_checkpoint
 from .reading import Progress
 from .shard import Shard
+from .writing import FileLayout, ToStore, lay_out_file
 
 __all__ = ["Aligned", "align"]
 
-_STEPS: Final = (256, 128, 64, 32, 16, 8, 4, 2, 1)
 _COPY_NBYTES: Final = 64 << 20
 
 
@@ -73,11 +66,11 @@ def align(source: str | os.PathLike[str], target: str | os.PathLike[str], progre
         paths = _targets(checkpoint.path, shards, target, sharded)
         before = after = done = 0
         for shard, path in zip(shards, paths, strict=True):
-            order = _ordered(shard)
-            header = _header(shard, order)
+            tensors = {n: ToStore(s.stored_dtype, s.stored_shape, s.nbytes) for n, s in shard.tensors.items()}
+            layout = lay_out_file(tensors, shard.metadata)
             before += sum(_is_aligned(stored.byte_offset, stored.nbytes) for stored in shard.tensors.values())
-            after += _count_aligned(shard, order, len(header))
-            _write(shard, path, header, order, done, checkpoint.nbytes, progress)
+            after += sum(_is_aligned(layout.byte_offsets[n], stored.nbytes) for n, stored in tensors.items())
+            _write(shard, path, layout, done, checkpoint.nbytes, progress)
             done += sum(stored.nbytes for stored in shard.tensors.values())
         files = list(paths)
         if sharded:
@@ -101,51 +94,15 @@ def _targets(source: Path, shards: list[Shard], target: Path, sharded: bool) -> 
     return paths
 
 
-def _ordered(shard: Shard) -> list[str]:
-    """Tensors of whole 256 bytes first, then of 128, and so on; in the order of the file among themselves."""
-    return sorted(shard.tensors, key=lambda name: next(i for i, n in enumerate(_STEPS) if not _nbytes(shard, name) % n))
-
-
-def _nbytes(shard: Shard, name: str) -> int:
-    return shard.tensors[name].nbytes
-
-
 def _is_aligned(byte_offset: int, nbytes: int) -> bool:
     return not nbytes or byte_offset % 16 == 0
 
 
-def _count_aligned(shard: Shard, order: list[str], start: int) -> int:
-    count = 0
-    for name in order:
-        count += _is_aligned(start, _nbytes(shard, name))
-        start += _nbytes(shard, name)
-    return count
-
-
-def _header(shard: Shard, order: list[str]) -> bytes:
-    """Length and JSON, padded so that the data start on a multiple of 256 bytes of the file."""
-    entries: dict[str, object] = {"__metadata__": dict(shard.metadata)} if shard.metadata else {}
-    at = 0
-    for name in order:
-        stored = shard.tensors[name]
-        entries[name] = {
-            "dtype": stored.stored_dtype,
-            "shape": list(stored.stored_shape),
-            "data_offsets": [at, at + stored.nbytes],
-        }
-        at += stored.nbytes
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-(8 + len(text)) % ALIGNMENT)
-    return len(text).to_bytes(8, "little") + text
-
-
-def _write(
-    shard: Shard, path: Path, header: bytes, order: list[str], done: int, total: int, progress: Progress | None
-) -> None:
+def _write(shard: Shard, path: Path, layout: FileLayout, done: int, total: int, progress: Progress | None) -> None:
     def body(file: BinaryIO) -> None:
         nonlocal done
-        file.write(header)
-        for name in order:
+        file.write(layout.header)
+        for name in layout.byte_offsets:
             stored = shard.tensors[name]
             for at in range(0, stored.nbytes, _COPY_NBYTES):
                 nbytes = min(_COPY_NBYTES, stored.nbytes - at)

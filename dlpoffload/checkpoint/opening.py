@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from io import BufferedReader
 from pathlib import Path, PurePosixPath
@@ -68,6 +69,11 @@ class Checkpoint:
     def shards(self) -> list[Shard]:
         """Every file, in the order of the names."""
         return list(dict.fromkeys(self._homes.values()))
+
+    def on_close(self, call: Callable[[], object]) -> None:
+        """Let `close` make a call as well; what is dropped, or still open when the interpreter ends, is closed then."""
+        self._files.callback(call)
+        weakref.finalize(self, self._files.close)
 
     def close(self) -> None:
         """Close the files. Idempotent."""

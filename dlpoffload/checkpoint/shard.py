@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..errors import CheckpointError, HostMemoryError, MissingFrameworkError, SpecError
+from ..seals import is_sealed
 from ..spec import TensorSpec, format_nbytes
 
-__all__ = ["Shard", "Stored", "Watch", "open_regular", "open_shard", "without_duplicates"]
+__all__ = ["Shard", "Stored", "Watch", "open_regular", "open_shard", "stored_as", "without_duplicates"]
 
 _DTYPES: Final = {
     "BOOL": "bool",
@@ -114,7 +115,8 @@ class Watch:
 
 def _check_unchanged(path: Path, descriptor: int, nbytes: int, changed_ns: int) -> None:
     status = os.fstat(descriptor)
-    if (status.st_size, status.st_mtime_ns) != (nbytes, changed_ns):
+    # A write to a sealed file is refused, and sets its time of change all the same.
+    if status.st_size != nbytes or (status.st_mtime_ns != changed_ns and not is_sealed(descriptor)):
         raise CheckpointError(
             f'"{path}" changed while it was read: it had {format_nbytes(nbytes)} when it was '
             f"opened and has {status.st_size} now; read it again when nobody writes to it"
@@ -239,3 +241,21 @@ def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
                 raise ValueError(f'"{key}" stands in it twice')
             seen.add(key)
     return found
+
+
+def stored_as(name: str, spec: TensorSpec) -> tuple[str, tuple[int, ...]]:
+    """The dtype and shape under which a row-major tensor stands in a header.
+
+    Raises
+    ------
+    SpecError
+        The format has no such dtype.
+    """
+    for stored_dtype, known in _DTYPES.items():
+        if known == spec.dtype.name:
+            halves = stored_dtype == "F4"
+            return stored_dtype, (*spec.shape[:-1], 2 * spec.shape[-1]) if halves and spec.shape else spec.shape
+    raise SpecError(
+        f'tensor "{name}" is {spec}, and safetensors has no such dtype; known are {", ".join(_DTYPES.values())}; view '
+        "the bytes as uint8"
+    )

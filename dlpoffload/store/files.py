@@ -23,6 +23,7 @@ from ..driver import Driver, open_driver
 from ..errors import AliasError, SpecError
 from ..filemap import check_mappable, map_file_range
 from ..lifetime import owned_by
+from ..memfile import is_in_memory
 from ..memory import HostBuffer
 from ..registrations import MAX_REGISTRATION
 from ..slab import GAP_NBYTES
@@ -112,7 +113,7 @@ def file_homes(
     """
     unit_of = {name: unit for unit, names in units.items() for name in names}
     driver, told = open_driver(memory.device), Told(progress)
-    found = FileHomes([], {}, {})
+    found, there_nbytes = FileHomes([], {}, {}), 0
     for shard in checkpoint.shards():
         extents = [
             _Extent(name if names is None else names[name], stored.byte_offset, stored.nbytes)
@@ -123,6 +124,7 @@ def file_homes(
             continue
         check_mappable(driver, shard.path)
         watch = shard.watch()
+        there = is_in_memory(watch.descriptor)
         full = [extent for extent in extents if extent.nbytes]
         # A file of empty tensors still gives them an address: that of its header.
         chunks = list(_chunks(full, unit_of))
@@ -131,7 +133,9 @@ def file_homes(
             make = partial(_map, watch, chunk.start, chunk.end - chunk.start, driver, memory, told)
             home = Home(chunk.end - chunk.start, make, watch.check_unchanged, in_file=True, file_offset=chunk.start)
             found.homes.append(home)
-            found.nbytes += aligned(chunk.end, _PAGE) - chunk.start // _PAGE * _PAGE
+            chunk_nbytes = aligned(chunk.end, _PAGE) - chunk.start // _PAGE * _PAGE
+            found.nbytes += chunk_nbytes
+            there_nbytes += chunk_nbytes if there else 0
             for extent in chunk.extents if chunks else ():
                 found.of_name[extent.name] = home, extent.start - chunk.start
         for extent in extents:
@@ -139,7 +143,7 @@ def file_homes(
             if not extent.nbytes:
                 # Any address does, but an aligned one: that of the first page.
                 found.of_name[extent.name] = found.homes[-1], -(found.homes[-1].file_offset % _PAGE)
-    check_pinning(found.nbytes, driver, memory.host_budget)
+    check_pinning(found.nbytes, driver, memory.host_budget, there_nbytes=there_nbytes)
     return found
 
 

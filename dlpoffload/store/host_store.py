@@ -18,7 +18,7 @@ from .files import mapped_contents
 from .filling import FilledTensors
 from .layout import Units, checked_units
 from .pinned import Memory, Pageable, anonymous_contents, read_contents
-from .strides import viewed
+from .strides import row_major
 
 __all__ = ["HostStore"]
 
@@ -163,7 +163,7 @@ class HostStore(FilledTensors):
             )
         if background:
             raise SpecError("background=True reads a path; a mapping's tensors may change meanwhile")
-        specs = {n: _row_major(n, p) for n, p in source.items()}
+        specs = {n: row_major(n, p) for n, p in source.items()}
         _check_specs(specs)
         checked = checked_units(specs, units)
         store = cls(anonymous_contents(specs, checked, memory), checked, memory)
@@ -357,8 +357,3 @@ def _check_specs(specs: Mapping[str, TensorSpec]) -> None:
     for name, spec in specs.items():
         if not isinstance(name, str) or not isinstance(spec, TensorSpec):
             raise SpecError(f"specs maps names to TensorSpec, but {name!r} to {spec!r}")
-
-
-def _row_major(name: str, producer: Any) -> TensorSpec:
-    spec = viewed(name, producer).spec
-    return TensorSpec(spec.shape, spec.dtype)

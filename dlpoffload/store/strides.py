@@ -11,10 +11,10 @@ from ..producers import view_of
 from ..spec import TensorSpec
 from ..view import View
 
-__all__ = ["packed_for", "packed_source", "viewed"]
+__all__ = ["packed_for", "packed_source", "row_major", "viewed"]
 
 
-def packed_for(view: View, spec: TensorSpec, name: str, device: str) -> View:
+def packed_for(view: View, spec: TensorSpec, name: str, device: str | None) -> View:
     """A view whose elements, taken in row-major order, are the bytes that `spec` spans.
 
     *Aliasing*: the source's bytes; but device memory that must be gathered is copied to the host first.
@@ -48,7 +48,7 @@ def _permuted(spec: TensorSpec, order: Sequence[int]) -> TensorSpec:
     return TensorSpec(shape, spec.dtype, strides)
 
 
-def packed_source(name: str, source: Any, spec: TensorSpec, device: str) -> View:
+def packed_source(name: str, source: Any, spec: TensorSpec, device: str | None) -> View:
     """View a source of a stored tensor as the bytes that `spec` spans.
 
     Raises
@@ -73,3 +73,9 @@ def viewed(name: str, producer: Any) -> View:
         return view_of(producer)
     except (AliasError, SpecError) as error:
         raise type(error)(f'tensor "{name}": {error}') from error
+
+
+def row_major(name: str, producer: Any) -> TensorSpec:
+    """What a tensor of a mapping is once its elements are in row-major order."""
+    spec = viewed(name, producer).spec
+    return TensorSpec(spec.shape, spec.dtype)

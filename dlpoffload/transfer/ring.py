@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import threading
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
@@ -21,6 +20,7 @@ from ..memory import DeviceBuffer
 from ..slab import Slab
 from ..spec import ALIGNMENT, aligned, format_nbytes
 from .capture import Horizon, Timelines, dispose
+from .inherited import at_the_end
 from .lease import Lease, StreamLike, stream_handle
 from .slots import Slot, SlotState, check_device, close_slots, make_slots, no_free_slot
 from .stats import Stopwatch, TransferStats
@@ -95,10 +95,8 @@ class SlotRing:
         except BaseException:
             close_slots(self.slots)
             raise
-        # Dropped without close: the timelines keep the slots until their copies and readers have ended, in whatever
-        # order the garbage goes. At exit the process frees everything.
-        self._dispose = weakref.finalize(self, dispose, self.driver, self._stopwatch, self._timelines)
-        self._dispose.atexit = False
+        # Dropped without close: the timelines keep the slots until their copies and readers have ended.
+        self._dispose = at_the_end(self, dispose, self.driver, self._stopwatch, self._timelines)
 
     @property
     def copy_stream(self) -> int:
@@ -365,6 +363,8 @@ class SlotRing:
 
         After any of them nothing is freed, and the ring stays open.
         """
+        if self.closed:  # as it is in a forked child, which must not call the driver
+            return
         with self._lock, self.driver.current(), self.driver.relaxed():
             if self._closed:
                 return

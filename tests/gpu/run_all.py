@@ -1,6 +1,7 @@
 """Everything that needs a GPU, in one go: the tests, the benchmarks, the demo; a short table last.
 
-    python tests/gpu/run_all.py [--only doctor,tests,blocks,jax,memory,mapping,building,demo,flax]
+    python tests/gpu/run_all.py [--only doctor,tests,blocks,jax,memory,mapping,building,demo,flax,soak]
+        [--soak-seconds 60]
 
 Runs what is installed. Each part is a process of its own with its own limit; the exit status is the number of parts
 that failed. Logs go to the folder named by OUT, or to `out`.
@@ -29,6 +30,7 @@ PARTS: dict[str, tuple[list[str], int]] = {
     "building": ([sys.executable, "-P", str(HERE / "bench_building.py")], 200),
     "demo": ([sys.executable, "-P", str(ROOT / "examples" / "minilm.py"), "cuda:0"], 120),
     "flax": ([sys.executable, "-P", str(ROOT / "examples" / "minilm_flax.py"), "cuda:0"], 120),
+    "soak": ([sys.executable, "-P", str(HERE / "soak.py"), "--device", "cuda:0", "--width", "512"], 240),
 }
 
 
@@ -36,6 +38,7 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", default=",".join(PARTS))
     parser.add_argument("--pytest-args", default="")
+    parser.add_argument("--soak-seconds", type=int, default=60)
     args = parser.parse_args()
     out = Path(os.environ.get("OUT", ROOT / "out"))
     out.mkdir(parents=True, exist_ok=True)
@@ -48,6 +51,8 @@ def main() -> int:
         command, limit = PARTS[name]
         if name == "tests":
             command = [*command, *args.pytest_args.split()]
+        if name == "soak":
+            command, limit = [*command, f"--seconds={args.soak_seconds}"], limit + args.soak_seconds
         print(f"==> {name}", flush=True)
         start = time.monotonic()
         with (out / f"{name}.log").open("w") as log:

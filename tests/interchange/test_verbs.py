@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 import mmap
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -62,6 +63,8 @@ ALIASING = {
     "View.unguarded": ALWAYS,
     "view_of": ALWAYS,
     "plan": NO_BYTES,
+    "share": NEVER,
+    "open_shared": NO_BYTES,
 }
 
 MAKERS = [dlpo.HostBuffer, dlpo.DeviceBuffer, dlpo.HostStore, View]
@@ -218,6 +221,11 @@ class Maker:
     def view_of(self) -> Pair:
         memory = bytearray(NBYTES)
         return memoryview(memory), view_of(memory).memoryview()
+
+    def share(self) -> Pair:
+        memory = bytearray(NBYTES)
+        checkpoint = self.keep(dlpo.share({"w": memory}, f"verbs of {os.getpid()}"))
+        return memoryview(memory), raw(self.keep(dlpo.HostStore.map_file(checkpoint.path, device="cpu")).host_view("w"))
 
 
 @pytest.fixture

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import gc
 import mmap
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +15,7 @@ import numpy as np
 import pytest
 
 import dlpoffload as dlpo
+from dlpoffload import lifetime
 from dlpoffload.driver import installed
 from dlpoffload.driver.cpu import CpuDriver
 from dlpoffload.errors import AliasError, ClosedError, GradientError, PlanError, SpecError
@@ -247,6 +251,34 @@ def test_views_are_taken_in_place_and_read_only_ones_too(at: Any, device: str, t
     assert path.read_bytes() == weights.tobytes()
 
 
+def test_what_another_process_shares_is_taken_in_place(at: Any, device: str) -> None:
+    script = """
+import sys, numpy as np, dlpoffload as dlpo
+weights = np.random.default_rng(0).standard_normal((2, 64, 64)).astype(np.float32)
+kept = dlpo.share({"a": weights[0], "b": weights[1]}, sys.argv[1])
+sys.stdin.readline()
+"""
+    name = f"jax of {os.getpid()} on {device}"
+    filler = subprocess.Popen([sys.executable, "-c", script, name], stdin=subprocess.PIPE)
+    try:
+        shared = dlpo.open_shared(name, timeout_s=60)
+    finally:
+        filler.kill()  # what is open lives on
+        filler.communicate()
+    store = dlpo.HostStore.map_file(shared.path, device=device)
+    shared.close()
+    weights = np.random.default_rng(0).standard_normal((2, 64, 64)).astype(np.float32)
+    tree, handle = dj.offload({n: store.host_view(n) for n in store}, 32768, device=device, policy=all_staged)
+    report = handle.report()
+    assert (report.pinned_nbytes, report.aliased_nbytes) == (0, weights.nbytes)
+    y = jax.jit(handle.streamed(lambda t, x: (x @ t["a"] @ t["b"], t["a"] + 0)))(tree, jnp.ones((1, 64)))
+    assert bits(y[1]) == bits(weights[0])
+    with pytest.raises(AliasError, match="read-only"):
+        handle.overwrite_("a", weights[1])
+    assert bits(handle.update("a", weights[1])["a"]) == bits(weights[1])
+    assert bytes(store.host_view("a").memoryview()) == weights[0].tobytes()
+
+
 def test_leaves_that_cannot_be_offloaded_say_what_to_do(at: Any, device: str) -> None:
     def refused(leaf: Any, message: str, error: type[Exception] = SpecError) -> None:
         with pytest.raises(error, match=message):
@@ -275,6 +307,7 @@ def test_refused_memory_leaves_nothing_behind(params: dict[str, Any], at: Any) -
         with pytest.raises(dlpo.HostMemoryError):
             dj.offload(params, 2 * models.BLOCK_NBYTES, device="cpu", policy=all_staged, units=["layers.*"])
         gc.collect()
+        lifetime.drain()  # the reclaim thread may be at it
         assert jax.tree.map(bits, params) == before
         assert driver._pinned_nbytes() == 0
 

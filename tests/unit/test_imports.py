@@ -29,12 +29,14 @@ MEMORY = PINNING | {
     "producers",
     "buffer",
     "filemap",
+    "memfile",
     "memory",
 }
 ADAPTER = MEMORY | {"slab", "checkpoint", "store", "planning", "reporting", "transfer"}
 
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
+    "seals": set(),
     "spec": {"errors"},
     "limits": VALUES,
     "maps": VALUES,
@@ -47,17 +49,18 @@ ALLOWED: dict[str, set[str]] = {
     "accounting": {"lifetime", "registrations"},
     "background": VALUES,
     "chunked": PINNING | {"_native", "background"},
-    "filemap": PINNING | {"_native"},
+    "filemap": PINNING | {"_native", "memfile"},
     "labels": VALUES,
+    "memfile": PINNING | {"_native", "seals"},
     "view": DRIVERS | {"_native", "lifetime", "blocks", "copies", "labels"},
     "copies": DRIVERS | {"_native", "registrations", "blocks", "pages"},
     "producers": DRIVERS | {"_native", "lifetime", "view"},
     "buffer": DRIVERS | {"background", "lifetime", "blocks", "view"},
-    "memory": (MEMORY - {"memory", "filemap"}) | {"_native"},
+    "memory": (MEMORY - {"memory", "filemap", "memfile", "seals"}) | {"_native"},
     "slab": MEMORY,
     "planning": VALUES,
     "reporting": set(),
-    "checkpoint": VALUES,
+    "checkpoint": VALUES | {"seals"},
     "store": MEMORY | {"slab", "checkpoint"},
     "transfer": MEMORY | {"slab"},
     "torch": ADAPTER,
@@ -78,7 +81,7 @@ DOORS: dict[str, set[str]] = {
     "numpy": {"jax"},
     "rich": {"cli", "planning", "reporting", "torch.report"},
     "safetensors": {"checkpoint"},
-    "_native": {"blocks", "chunked", "copies", "filemap", "lifetime", "pages", "producers", "view"},
+    "_native": {"blocks", "chunked", "copies", "filemap", "lifetime", "memfile", "pages", "producers", "view"},
 }
 """Foreign package, or the native core -> the modules (with everything below them) that may import it."""
 
