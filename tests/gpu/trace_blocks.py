@@ -4,8 +4,8 @@
 
 The blocks of `bench_blocks.py`, all streamed, one token a step, eager and in a CUDA graph, under torch's profiler
 (CUPTI): how long the copies of a step took and at what rate, the gaps between them by size, and what ran on the device
-in the longest gap. Then the host functions that take the longest while a step is enqueued, by cProfile, which makes all of
-them slower. For finding what a figure is short of, not for figures.
+in the longest gap. Then the host functions that take the longest while a step is enqueued, by cProfile, which makes all
+of them slower. For finding what a figure is short of, not for figures.
 """
 
 from __future__ import annotations
