@@ -10,6 +10,7 @@ import mmap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from . import _native, lifetime
@@ -25,7 +26,6 @@ from .registrations import (
     pinned_file_nbytes,
     pinned_nbytes,
     registrations,
-    stuck,
 )
 from .spec import format_nbytes
 from .wall import check_wall
@@ -41,6 +41,7 @@ __all__ = [
     "pin_pages",
     "pinned_block",
     "register",
+    "unmap_pages",
 ]
 
 _UNCHECKED: Final = 1 << 20
@@ -95,11 +96,18 @@ def mapped_pages(nbytes: int, driver: Driver, options: PinOptions) -> Iterator[P
     pages = map_pages(nbytes, driver, options, lambda: check_pinning(nbytes, driver, options.host_budget))
     try:
         yield pages
-    except BaseException:
-        if not registrations.touching(pages.pointer, pages.pointer + nbytes, driver):
-            _native.unmap(pages.pointer, pages.mapped_nbytes)
-        # else the driver would not take a registration back: what is registered must not be mapped anew
+    except BaseException as error:
+        lifetime.undo("pinned", nbytes, partial(unmap_pages, pages, nbytes, driver), error)
         raise
+
+
+def unmap_pages(pages: Pages, nbytes: int, driver: Driver) -> None:
+    """Unmap pages, unless the driver would not take a registration back: what is registered must not be mapped anew."""
+    if stuck := registrations.stuck(pages.pointer, pages.pointer + nbytes, driver):
+        raise RegistrationError(
+            f"{format_nbytes(nbytes)} at {pages.pointer:#x} stay allocated: not all of them could be unpinned [{stuck}]"
+        )
+    _native.unmap(pages.pointer, pages.mapped_nbytes)
 
 
 def pin_pages(pages: Pages, byte_offset: int, nbytes: int, driver: Driver) -> list[Registration]:
@@ -127,7 +135,7 @@ def allocate_pinned(nbytes: int, driver: Driver, options: PinOptions | None = No
     def release() -> None:
         with lifetime.lock:
             registrations.release(used)
-        _native.unmap(pages.pointer, pages.mapped_nbytes)  # only now: what is registered must not be mapped anew
+        unmap_pages(pages, nbytes, driver)
 
     return pinned_block(pages.pointer, nbytes, driver, used, release, notes=tuple(pages.notes))
 
@@ -138,15 +146,18 @@ def register(pointer: int, nbytes: int, driver: Driver, *, read_only: bool, acce
         check_pinning(nbytes, driver)
     lifetime.drain()
     kept = [keepalive]
-    with lifetime.lock:
-        used, read_only = _pin(pointer, nbytes, driver, read_only or access is Access.READ_ONLY, access)
+    try:
+        with lifetime.lock:
+            used, read_only = _pin(pointer, nbytes, driver, read_only or access is Access.READ_ONLY, access)
+    except BaseException:
+        if registrations.stuck(pointer, pointer + nbytes, driver):
+            lifetime.keep("pinned", nbytes, kept.clear)
+        raise
 
     def release() -> None:
-        stuck[id(kept)] = kept  # what is registered must not be freed
         with lifetime.lock:
             registrations.release(used)
-        del stuck[id(kept)]
-        kept.clear()
+        kept.clear()  # only now: what is registered must not be freed
 
     return pinned_block(pointer, nbytes, driver, used, release, read_only=read_only)
 
@@ -180,8 +191,8 @@ def pinned_block(
     """The block of a range that `used` pins; `release` is called at once when there can be none."""
     try:
         device_pointer = _device_pointer(pointer, nbytes, driver, used)
-    except BaseException:
-        release()
+    except BaseException as error:
+        lifetime.undo(kind, nbytes, release, error)
         raise
     owner = lifetime.own(kind, nbytes, release)
     between = borders(used, pointer)

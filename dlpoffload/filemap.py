@@ -18,7 +18,7 @@ from .blocks import Block, check_pinning, pinned_block
 from .driver import Driver
 from .errors import RegistrationError
 from .pages import populate_threads
-from .registrations import registrations, stuck
+from .registrations import registrations
 
 __all__ = ["check_mappable", "map_file_range"]
 
@@ -85,8 +85,8 @@ def map_file_range(
         with lifetime.lock:
             used = registrations.acquire(pointer, pointer + length, driver, read_only=True, in_page_cache=True)
     except BaseException as error:
-        if registrations.touching(pointer, pointer + length, driver):
-            stuck[id(mapping)] = mapping
+        if registrations.stuck(pointer, pointer + length, driver):
+            lifetime.keep("mapped file", length, mapping.close)
         if not isinstance(error, RegistrationError):
             raise
         raise RegistrationError(
@@ -95,11 +95,9 @@ def map_file_range(
         ) from error
 
     def release() -> None:
-        stuck[id(mapping)] = mapping  # what is registered must not be unmapped
         with lifetime.lock:
             registrations.release(used)
-        del stuck[id(mapping)]
-        mapping.close()
+        mapping.close()  # only now: what is registered must not be unmapped
 
     return pinned_block(pointer, length, driver, used, release, kind="mapped file", read_only=True), byte_offset - start
 

@@ -40,7 +40,10 @@ _HINTS: Final = {
     "CUDA_ERROR_STREAM_CAPTURE_ISOLATION": (
         "an event or stream from outside a graph capture was used in it; use those made inside"
     ),
-    "CUDA_ERROR_ILLEGAL_ADDRESS": "a kernel used memory that is not there; the CUDA context is lost",
+    **{
+        name: f"{why}; the CUDA context is lost, and every later call fails alike: restart the process"
+        for name, why in refusals.LOST.items()
+    },
 }
 """What to do, for results that the user can do something about, wherever they come from."""
 
@@ -211,8 +214,24 @@ class CudaDriver:
 
     def _relaxed(self, call: str, *arguments: Any) -> Any:
         """Call what would break a capture on another thread, though it has nothing to do with it: memory's calls."""
-        with self.relaxed():
+        with self.current(), self.relaxed():
             return self._call(call, *arguments)
+
+    def _make(self, call: str, *arguments: Any, undo: str) -> Any:
+        """Call what makes something. Should the thread not be put back afterwards, it is made undone, too."""
+        made: list[Any] = []
+        try:
+            with self.current(), self.relaxed():
+                made.append(self._call(call, *arguments))
+        except CudaError as error:
+            for value in made:
+                try:
+                    self._call(undo, arguments[0] if value is None else value)
+                except CudaError as refused:
+                    error.undone = False
+                    error.add_note(f"and it could not be undone: {refused}")
+            raise
+        return made[0]
 
     def synchronize(self) -> None:
         self._call("cuCtxSynchronize")
@@ -249,7 +268,7 @@ class CudaDriver:
         if nbytes <= 0:
             raise refusals.invalid_nbytes(call, nbytes)
         try:
-            return int(self._relaxed(call, nbytes, _PORTABLE | _DEVICEMAP))
+            return int(self._make(call, nbytes, _PORTABLE | _DEVICEMAP, undo="cuMemFreeHost"))
         except CudaError as cause:
             if not refusals.is_refusal(cause):
                 raise
@@ -262,7 +281,7 @@ class CudaDriver:
     def host_register(self, pointer: int, nbytes: int, *, read_only: bool = False) -> None:
         flags = _PORTABLE | _DEVICEMAP | (_READ_ONLY if read_only else 0)
         try:
-            self._relaxed("cuMemHostRegister", pointer, nbytes, flags)
+            self._make("cuMemHostRegister", pointer, nbytes, flags, undo="cuMemHostUnregister")
         except CudaError as cause:
             if not refusals.is_refusal(cause):
                 raise
@@ -305,7 +324,7 @@ class CudaDriver:
         if nbytes <= 0:
             raise refusals.invalid_nbytes(call, nbytes)
         try:
-            return int(self._relaxed(call, nbytes))
+            return int(self._make(call, nbytes, undo="cuMemFree"))
         except CudaError as cause:
             if not refusals.is_refusal(cause):
                 raise
@@ -317,7 +336,7 @@ class CudaDriver:
 
     # ------------------------------------------------------------------------------- streams and events
     def stream_create(self) -> int:
-        return int(self._call("cuStreamCreate", _NON_BLOCKING))
+        return int(self._make("cuStreamCreate", _NON_BLOCKING, undo="cuStreamDestroy"))
 
     def stream_destroy(self, stream: int) -> None:
         self._call("cuStreamDestroy", stream)
@@ -355,7 +374,8 @@ class CudaDriver:
         return capture, graph
 
     def event_create(self, *, timing: bool = False) -> int:
-        return int(self._call("cuEventCreate", _EVENT_DEFAULT if timing else _DISABLE_TIMING))
+        flags = _EVENT_DEFAULT if timing else _DISABLE_TIMING
+        return int(self._make("cuEventCreate", flags, undo="cuEventDestroy"))
 
     def event_destroy(self, event: int) -> None:
         self._call("cuEventDestroy", event)
