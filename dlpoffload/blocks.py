@@ -15,7 +15,7 @@ from typing import Final
 
 from . import _native, lifetime
 from .driver import Driver
-from .errors import HostMemoryError, RegistrationError
+from .errors import CudaError, HostMemoryError, RegistrationError
 from .limits import check_host_budget, host_limits
 from .maps import Access
 from .pages import Pages, PinOptions, map_pages, populate, refused
@@ -251,6 +251,11 @@ def adopt_device(pointer: int, nbytes: int, driver: Driver, *, read_only: bool, 
 def allocate_device(nbytes: int, driver: Driver) -> Block:
     """Allocate device memory through the driver."""
     lifetime.drain()
-    pointer = driver.device_alloc(nbytes)
+    try:
+        pointer = driver.device_alloc(nbytes)
+    except CudaError as error:
+        if not error.undone:
+            lifetime.keep("device", nbytes, lambda: None)  # nobody knows where it is
+        raise
     owner = lifetime.own("device", nbytes, lambda: driver.device_free(pointer))
     return Block(owner, driver, nbytes, None, pointer, pinned=False)

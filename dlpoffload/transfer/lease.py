@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
-from ..errors import SlotError
+from ..errors import CudaError, SlotError
 from ..view import View
 
 if TYPE_CHECKING:
@@ -98,10 +99,13 @@ class Lease:
     def share(self, stream: int | StreamLike) -> Lease:
         """Lease the same slot once more, for another reader of the unit on `stream`."""
         handle = stream_handle(stream)
-        with self._ring._lock, self._ring.driver.current():
+
+        def share() -> Lease:
             self._check()
             self._check_border(handle)
             return Lease(self._ring, self.unit, handle, self._timeline, self._state)
+
+        return self._ring._leased(share)
 
     def release(self) -> None:
         """Mark what is enqueued on the lease's stream so far as the slot's last reader there. Idempotent.
@@ -125,8 +129,26 @@ class Lease:
             elif not timeline.capture:
                 self._check_border(self.stream)
             # else the capture is over, and its work is none of the stream's
-            self._released = True
-            self._count(-1)
+            self._end()
+
+    def abandon(self) -> None:
+        """Release where nobody will do so again: should no last reader be marked, the host waits for the stream.
+
+        Raises nothing. A slot whose readers cannot be waited for either stays leased.
+        """
+        with suppress(CudaError):
+            try:
+                self.release()
+            except CudaError:
+                driver = self._ring.driver
+                with self._ring._lock, driver.current(), driver.relaxed():
+                    driver.stream_synchronize(self.stream)
+                    if not self._released:
+                        self._end()
+
+    def _end(self) -> None:
+        self._released = True
+        self._count(-1)
 
     @property
     def views(self) -> dict[str, View]:
@@ -174,7 +196,7 @@ class Lease:
             self.wait()
             self._given = self.views
         except BaseException:
-            self.release()
+            self.abandon()
             raise
         return self._given
 
@@ -183,4 +205,8 @@ class Lease:
     ) -> None:
         # Else the name after `as` would keep the views, which are good no longer, and a ring from closing.
         self._given.clear()
-        self.release()
+        try:
+            self.release()
+        except CudaError:
+            self.abandon()
+            raise

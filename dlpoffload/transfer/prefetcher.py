@@ -81,7 +81,7 @@ class Prefetcher:
         try:
             lease.wait()
         except BaseException:
-            lease.release()
+            lease.abandon()
             raise
         return lease
 

@@ -11,7 +11,7 @@ import itertools
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from types import TracebackType
 from typing import Literal
 
@@ -87,14 +87,14 @@ class SlotRing:
         self._lock = threading.RLock()
         self._uses = itertools.count(1)
         self._closed = False
-        self.slots = make_slots(slots, self.slot_nbytes, self.driver.device, allocate)
-        try:
+        with ExitStack() as undo:
+            self.slots = make_slots(slots, self.slot_nbytes, self.driver.device, allocate)
+            undo.callback(close_slots, self.slots)
             with self.driver.current():
                 self._stopwatch = Stopwatch(self.driver)
                 self._timelines = Timelines(self.driver, self.slots, self.slabs)
-        except BaseException:
-            close_slots(self.slots)
-            raise
+                undo.callback(self._timelines.close)
+            undo.pop_all()
         # Dropped without close: the timelines keep the slots until their copies and readers have ended, in whatever
         # order the garbage goes. At exit the process frees everything.
         self._dispose = weakref.finalize(self, dispose, self.driver, self._stopwatch, self._timelines)
@@ -134,9 +134,24 @@ class SlotRing:
             The unit is unknown, or every slot is leased and the ring was made with ``when_full="error"``.
         """
         handle = stream_handle(stream)
-        with self._lock, self.driver.current():
+
+        def prefetch() -> Lease:
             slab = self._slab(unit)
             return self._prefetch(self._timelines.entering(handle), handle, unit, slab, keep, foreseen)
+
+        return self._leased(prefetch)
+
+    def _leased(self, make: Callable[[], Lease]) -> Lease:
+        """Lease under the lock and in the device's context; given back where leaving that fails."""
+        lease: Lease | None = None
+        try:
+            with self._lock, self.driver.current():
+                lease = make()
+        except BaseException:
+            if lease is not None:
+                lease.abandon()
+            raise
+        return lease
 
     def enter(self, unit: str, expected: Expected, *, stream: int | StreamLike = 0) -> Lease:
         """Prefetch a unit that nobody foresaw unless a slot holds it, then look ahead: both in one go.
@@ -144,7 +159,8 @@ class SlotRing:
         `expected` gives the units that follow it, as far as the horizon allows.
         """
         handle = stream_handle(stream)
-        with self._lock, self.driver.current():
+
+        def enter() -> Lease:
             slab = self._slab(unit)
             timeline = self._timelines.entering(handle)
             ahead = expected(self._timelines.horizon_of(timeline))
@@ -152,9 +168,11 @@ class SlotRing:
             try:
                 self._look_ahead(timeline, ahead[: len(self.slots) - 1])
             except BaseException:
-                lease.release()
+                lease.abandon()
                 raise
             return lease
+
+        return self._leased(enter)
 
     def _prefetch(
         self, timeline: Timeline, stream: int, unit: str, slab: Slab, keep: Sequence[str], foreseen: bool
@@ -182,9 +200,12 @@ class SlotRing:
         is enqueued on `stream` until `Lease.release`.
         """
         handle = stream_handle(stream)
-        with self._lock, self.driver.current():
+
+        def lease() -> Lease:
             self._slab(unit)
             return Lease(self, unit, handle, self._timelines.entering(handle), None)
+
+        return self._leased(lease)
 
     def look_ahead(self, units: Sequence[str] | Expected, *, stream: int | StreamLike = 0) -> None:
         """Prefetch units that are needed next, in this order, into slots that are free; leases nothing.
@@ -252,9 +273,17 @@ class SlotRing:
         their look-ahead.
         """
         handle = stream_handle(stream)
-        with self._lock, self.driver.current():
-            self._check_open()
-            self._timelines.begin_step(handle)
+        begun = False
+        try:
+            with self._lock, self.driver.current():
+                self._check_open()
+                self._timelines.begin_step(handle)
+                begun = True
+        except BaseException:
+            if begun:
+                with self._lock:
+                    self._timelines.end_step(handle, join=False)
+            raise
 
     def end_step(self, *, stream: int | StreamLike = 0) -> None:
         """Say that a step ends on `stream`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 from ..driver import Driver
@@ -49,8 +50,9 @@ class EventPool:
     def close(self) -> None:
         """Destroy every event of the pool."""
         self.free.clear()
-        while self.made:
-            self.driver.event_destroy(self.made.pop())
+        with ExitStack() as closing:  # all of them, whichever the driver refuses
+            while self.made:
+                closing.callback(self.driver.event_destroy, self.made.pop())
 
 
 @dataclass(eq=False, slots=True)
@@ -120,9 +122,10 @@ def make_slots(
 
 
 def close_slots(slots: Sequence[Slot]) -> None:
-    """Free them, the last one first."""
-    for slot in reversed(slots):
-        slot.buffer.close()
+    """Free all of them, the last one first, whichever the driver refuses."""
+    with ExitStack() as closing:
+        for slot in slots:
+            closing.callback(slot.buffer.close)
 
 
 def no_free_slot(unit: str, slots: Sequence[Slot], slot_nbytes: int, when_full: str) -> SlotError:

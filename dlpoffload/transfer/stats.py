@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -128,6 +128,6 @@ class Stopwatch:
         for start, end, _ in self.pending:
             self.free += (start, end)
         self.pending.clear()
-        for event in self.free:
-            self.driver.event_destroy(event)
-        self.free.clear()
+        with ExitStack() as closing:  # all of them, whichever the driver refuses
+            while self.free:
+                closing.callback(self.driver.event_destroy, self.free.pop())

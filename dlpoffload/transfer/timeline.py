@@ -154,6 +154,7 @@ class Timeline:
     # --------------------------------------------------------------------------------------------- end
     def close(self) -> None:
         """Destroy every event and the stream."""
-        self.pause.close()
-        self.events.close()
-        self.events.driver.stream_destroy(self.copy_stream)
+        with ExitStack() as closing:
+            closing.callback(self.events.driver.stream_destroy, self.copy_stream)
+            closing.callback(self.events.close)
+            closing.callback(self.pause.close)

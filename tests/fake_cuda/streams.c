@@ -443,6 +443,14 @@ API void fake_run_at_once(int on)
     eager = on;
 }
 
+/* Run what is enqueued on a stream, without a call of the driver. */
+API void fake_run(uintptr_t stream)
+{
+    pthread_mutex_lock(&fake_lock);
+    run_stream(stream_of(stream));
+    pthread_mutex_unlock(&fake_lock);
+}
+
 API size_t fake_live_streams(void)
 {
     size_t found = 0;

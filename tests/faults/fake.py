@@ -66,6 +66,7 @@ class FakeCuda:
         lib.fake_capture_begin.argtypes = (ctypes.c_size_t,)
         lib.fake_capture_end.argtypes = (ctypes.c_size_t, ctypes.POINTER(ctypes.c_int))
         lib.fake_capture_end.restype = ctypes.c_void_p
+        lib.fake_run.argtypes = (ctypes.c_size_t,)
         lib.fake_graph_launch.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
         lib.fake_graph_destroy.argtypes = (ctypes.c_void_p,)
 
@@ -115,6 +116,11 @@ class FakeCuda:
     def run_at_once(self, on: bool) -> None:
         """Run what is enqueued at once, instead of as late as it may."""
         self._library.fake_run_at_once(on)
+
+    def read(self, pointer: int, nbytes: int, stream: int) -> bytes:
+        """Bytes of device memory as work enqueued on `stream` now would find them, without a call of the driver."""
+        self._library.fake_run(stream)
+        return ctypes.string_at(pointer, nbytes)
 
     # ------------------------------------------------------------------------------------------- captures
     def capture_begin(self, stream: int) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib
 import json
 import os
 import re
@@ -25,6 +26,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -46,7 +48,20 @@ RESTART: Final = "restart the process"
 TIMEOUT_S: Final = 30
 _NUMBERS: Final = re.compile(r"#\d+|0x[0-9a-f]+")
 RELEASES: Final = ("cuMemHostUnregister", "cuMemFree", "cuMemFreeHost")
+DESTROYS: Final = ("cuStreamDestroy", "cuEventDestroy")
 THREAD_CALLS: Final = ("cuCtxGetCurrent", "cuCtxPushCurrent", "cuCtxPopCurrent", "cuThreadExchangeStreamCaptureMode")
+FREE_STANDING: Final = (
+    *THREAD_CALLS,
+    "cuInit",
+    "cuDriverGetVersion",
+    "cuDeviceGetCount",
+    "cuDeviceGet",
+    "cuDeviceGetName",
+    "cuDeviceGetAttribute",
+    "cuDeviceGetPCIBusId",
+    "cuDevicePrimaryCtxRetain",
+)
+"""Calls that are made in no context, and so lose none."""
 REFUSALS: Final[dict[str, tuple[int, tuple[type[OffloadError], ...]]]] = {
     # call: a result that is a refusal, and the errors that may become of it
     "cuMemAlloc": (2, (DeviceMemoryError,)),
@@ -90,7 +105,7 @@ def attempt(operation: Operation, fake: FakeCuda, folder: Path, fault: Fault) ->
     stack = ExitStack()
     bench = Bench(stack, folder, fake)
     act, undo = operation.prepare(bench)
-    before = look(fake, folder)
+    before = look(fake, folder, handles=False)
     fake.fail(fault.call, fault.nth, fault.code, sticky=fault.sticky)
     result, raised = _made(act)
     if not fake.fired():
@@ -103,7 +118,7 @@ def attempt(operation: Operation, fake: FakeCuda, folder: Path, fault: Fault) ->
     kept = settle(fake, folder, before, wait_s) if raised or reported else before
     wrong += _left(operation, fault, before, kept)
     if fault.sticky:
-        again, refused = _made(lambda: _anything(act))
+        _, refused = _made(lambda: _anything(act))
         if refused is None or RESTART not in str(refused):
             wrong.append(f"the next operation does not say to restart: {refused!r}")
         return wrong + fake.violations()
@@ -112,10 +127,15 @@ def attempt(operation: Operation, fake: FakeCuda, folder: Path, fault: Fault) ->
     del result
     wrong += _next("it cannot be done again", lambda: undo(act()))
     wrong += _next("nothing else works", lambda: _anything(lambda: None))
+    act = undo = _gone
     wrong += _next("what was prepared cannot be closed", stack.close)
-    del act, undo, bench, stack
+    del bench, stack
     wrong += _left(operation, fault, untouched, settle(fake, folder, untouched, wait_s))
     return wrong + fake.violations()
+
+
+def _gone(_: object = None) -> None:
+    """In the place of what would hold memory."""
 
 
 def _made(act: Callable[[], Any]) -> tuple[Any, BaseException | None]:
@@ -169,7 +189,7 @@ def _error(operation: Operation, fault: Fault, failed: BaseException | None, res
     if failed is None:
         if fault.call in operation.swallows or _is_said(operation, fault, result):
             return []
-        return [f"no error; it returned {result!r}"]
+        return [f"no error; it returned {str(result)[:80]}"]
     refusal = REFUSALS.get(fault.call, (None, ()))
     expected = refusal[1] if fault.code == refusal[0] else (CudaError,)
     wrong = []
@@ -189,7 +209,8 @@ def _is_said(operation: Operation, fault: Fault, result: Any) -> bool:
         return False
     words = [line for check in result["checks"].values() if check["status"] == "failed" for line in check["says"]]
     words += [str(result["checks"]["driver"]["facts"].get("problem"))]
-    return not result["healthy"] and any(fault.call in line and f"({fault.code})" in line for line in words)
+    wanted = RESTART if fault.sticky else f"{fault.call} failed with"
+    return not result["healthy"] and any(wanted in line for line in words)
 
 
 def _left(operation: Operation, fault: Fault, before: Any, after: Any) -> list[str]:
@@ -197,12 +218,14 @@ def _left(operation: Operation, fault: Fault, before: Any, after: Any) -> list[s
     different = after.differences(before)
     if not different:
         return []
-    releasing = fault.call in RELEASES or (operation.releases and fault.call in THREAD_CALLS)
-    if not (releasing or fault.sticky):
+    handles = (after.handles or 0) - (before.handles or 0)
+    if fault.call in DESTROYS and handles == len(different) == 1:
+        return []  # which the driver would not destroy
+    if not (fault.call in RELEASES or operation.releases or fault.sticky):
         return list(different.values())
     wrong = [words for name, words in different.items() if name in ("threads", "descriptors")]
-    if not fault.sticky and (streams := dict(after.driver)["streams"] - dict(before.driver)["streams"]) > 0:
-        wrong.append(f"{streams} streams are left")
+    if not fault.sticky and handles > 1:
+        wrong.append(f"{handles} streams and events are left")
     shown = check_pinned(Machine(open_driver(DEVICE), [DEVICE], host_limits())).facts
     if shown["pinned_nbytes"] != after.pinned_nbytes:
         wrong.append(f"doctor shows {shown['pinned_nbytes']} of {after.pinned_nbytes} pinned bytes")
@@ -261,7 +284,8 @@ def count(operation: Operation, fake: FakeCuda, folder: Path) -> list[str]:
 
 def faults_of(call: str, nth: int) -> Iterator[Fault]:
     yield Fault(call, nth, UNKNOWN)
-    yield Fault(call, nth, ILLEGAL_ADDRESS, sticky=True)
+    if call not in FREE_STANDING:
+        yield Fault(call, nth, ILLEGAL_ADDRESS, sticky=True)
     if call in REFUSALS:
         yield Fault(call, nth, REFUSALS[call][0])
 
@@ -279,9 +303,8 @@ def sweep(operation: Operation, fake: FakeCuda, folder: Path) -> Swept:
         for nth in range(1, uses + 1):
             for fault in faults_of(call, nth):
                 swept.faults += 1
-                swept.found += [
-                    f"{fault}: {words}" for words in in_child(lambda: attempt(operation, fake, folder, fault))
-                ]
+                tried = in_child(partial(attempt, operation, fake, folder, fault))
+                swept.found += [f"{fault}: {words}" for words in tried]
     return swept
 
 
@@ -305,12 +328,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         fake = FakeCuda(arguments.library or build(folder))
-        _load_bindings()
         write_checkpoint(folder / "weights.safetensors")
+        chosen = [OPERATIONS[name] for name in arguments.operations]
+        load(chosen, fake, folder)
         rows = []
         gc.freeze()  # what is here now is no child's garbage
-        for operation in arguments.operations:
-            rows.append(row := sweep(OPERATIONS[operation], fake, folder))
+        for operation in chosen:
+            rows.append(row := sweep(operation, fake, folder))
             if arguments.json:
                 print(json.dumps(asdict(row)), flush=True)
             else:
@@ -322,11 +346,22 @@ def main() -> int:
     return int(any(row.found for row in rows))
 
 
-def _load_bindings() -> None:
-    """Let them look every function up, once, before there are children."""
+def load(operations: Sequence[Operation], fake: FakeCuda, folder: Path) -> None:
+    """Import here, and once, what the operations import when they are first made, and nothing else of them."""
+
+    def loaded() -> list[str]:
+        for operation in operations:
+            count(operation, fake, folder)
+        return [name for name, module in sys.modules.items() if getattr(module, "__file__", None)]
+
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # or NumPy starts threads, which no child would have
+    for name in in_child(loaded):
+        if " " in name:
+            raise RuntimeError(name)
+        importlib.import_module(name)
     import cuda.bindings.driver as cuda
 
-    cuda.cuGetErrorName(cuda.CUresult(0))
+    cuda.cuGetErrorName(cuda.CUresult(0))  # now it has looked every function up
 
 
 if __name__ == "__main__":

@@ -31,6 +31,8 @@ class Alive:
     pinned_nbytes: int
     buffers: Counter[tuple[str, int]]
     driver: tuple[tuple[str, int], ...]
+    handles: int | None
+    """Streams and events; None where what lives on may have made some."""
     mapped_nbytes: int
     """Of anonymous pages that are kept from forked children, which is what is pinned."""
     mapped_files: tuple[str, ...]
@@ -48,13 +50,16 @@ class Alive:
         return dict(self.driver)["registered_nbytes"]
 
 
-def look(fake: FakeCuda, folder: Path) -> Alive:
+def look(fake: FakeCuda, folder: Path, *, handles: bool = True) -> Alive:
     """See what is alive. `folder` is where files lie that may be mapped."""
     mapped_nbytes, files = _mapped(str(folder))
+    live = fake.live()
+    streams_and_events = live.pop("streams") + live.pop("events")
     return Alive(
         dlpo.pinned_nbytes(),
         Counter(dlpo.live_buffers()),
-        tuple(fake.live().items()),
+        tuple(live.items()),
+        streams_and_events if handles else None,
         mapped_nbytes,
         files,
         tuple(sorted(thread.name for thread in threading.enumerate() if thread.name != "dlpoffload-reclaim")),
@@ -68,7 +73,7 @@ def settle(fake: FakeCuda, folder: Path, wanted: Alive, wait_s: float = _WAIT_S)
     while True:
         gc.collect()
         lifetime.drain()
-        found = look(fake, folder)
+        found = look(fake, folder, handles=wanted.handles is not None)
         if found == wanted or time.monotonic() >= deadline:
             return found
         time.sleep(0.005)
@@ -80,7 +85,7 @@ def _mapped(folder: str) -> tuple[int, tuple[str, ...]]:
     if b" dc" in smaps:
         pinned = sum(_size(found) for found in _RANGE.finditer(smaps) if b" dc" in found.group("flags"))
     name = folder.encode()
-    files = [line for line in Path("/proc/self/maps").read_bytes().splitlines() if name in line] if name in smaps else []
+    files = [line for line in smaps.splitlines() if name in line] if name in smaps else []
     return pinned, tuple(sorted(line.rpartition(b"/")[2].decode() for line in files))
 
 
