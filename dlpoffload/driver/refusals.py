@@ -10,6 +10,7 @@ from ..spec import format_nbytes
 
 __all__ = [
     "CODES",
+    "HINTS",
     "LOST",
     "cuda_error",
     "device_memory_refused",
@@ -56,6 +57,23 @@ LOST: Final = {
     "CUDA_ERROR_CONTAINED": "the device contained an error of its memory",
 }
 """Results after which a context is of no use: all its later calls give them, too (CUDA driver API, ``CUresult``)."""
+
+HINTS: Final = {
+    "CUDA_ERROR_NOT_INITIALIZED": "a forked child cannot use CUDA; start it with the spawn method",
+    "CUDA_ERROR_STREAM_CAPTURE_IMPLICIT": (
+        "the legacy default stream cannot be used while another stream captures; pass the capturing stream"
+    ),
+    "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED": "an earlier call broke the capture; end it and capture again",
+    "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED": "the call cannot be part of a graph capture; make it before",
+    "CUDA_ERROR_STREAM_CAPTURE_ISOLATION": (
+        "an event or stream from outside a graph capture was used in it; use those made inside"
+    ),
+    **{
+        name: f"{why}; the CUDA context is lost, and every later call fails alike: restart the process"
+        for name, why in LOST.items()
+    },
+}
+"""What to do, for results that the user can do something about, wherever they come from."""
 
 _REGISTRATION: Final = {
     # name: (what was found, what to do)

@@ -21,6 +21,7 @@ from typing import Final
 from .. import lifetime
 from ..driver import Driver
 from ..errors import CudaError, SlotError
+from ..rollback import rolled_back
 from ..slab import Slab
 from .slots import Slot
 from .stats import Stopwatch
@@ -72,17 +73,16 @@ class Timelines:
 
     def _captured(self, capture: int, stream: int) -> Timeline:
         """A timeline for a capture that is met for the first time."""
-        with ExitStack() as undo:
+        with rolled_back() as undo:
             with self._driver.relaxed():
                 # What eager work left under way must not meet the graph's first replay.
                 self.eager.drain()
                 # A slot that is leased now is in use around the graph, so it is none of the graph's.
                 slots = [state.slot for state in self.eager.states if not state.leases]
                 timeline = Timeline.make(self._driver, slots, capture=capture)
-                undo.callback(timeline.close)
+                undo.append(timeline.close)
             timeline.replayable = self._held(stream)
             timeline.fork(stream)
-            undo.pop_all()
         self._captures[capture] = timeline
         return timeline
 

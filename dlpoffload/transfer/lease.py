@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from .slots import SlotState
     from .timeline import Timeline
 
-__all__ = ["Lease", "StreamLike", "stream_handle"]
+__all__ = ["Lease", "StreamLike", "leased", "stream_handle"]
 
 
 class StreamLike(Protocol):
@@ -105,7 +106,7 @@ class Lease:
             self._check_border(handle)
             return Lease(self._ring, self.unit, handle, self._timeline, self._state)
 
-        return self._ring._leased(share)
+        return leased(self._ring, share)
 
     def release(self) -> None:
         """Mark what is enqueued on the lease's stream so far as the slot's last reader there. Idempotent.
@@ -210,3 +211,16 @@ class Lease:
         except CudaError:
             self.abandon()
             raise
+
+
+def leased(ring: SlotRing, make: Callable[[], Lease]) -> Lease:
+    """Lease under the ring's lock and in the device's context; given back where leaving that fails."""
+    lease: Lease | None = None
+    try:
+        with ring._lock, ring.driver.current():
+            lease = make()
+    except BaseException:
+        if lease is not None:
+            lease.abandon()
+        raise
+    return lease

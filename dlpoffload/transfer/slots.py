@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from ..driver import Driver
 from ..errors import SlotError
 from ..memory import DeviceBuffer
+from ..rollback import rolled_back
 from ..spec import format_nbytes
 
 __all__ = ["EventPool", "Slot", "SlotState", "check_device", "close_slots", "make_slots", "no_free_slot"]
@@ -105,7 +106,8 @@ def make_slots(
 ) -> list[Slot]:
     """Allocate slots of `nbytes` each. After an error none stays allocated."""
     slots: list[Slot] = []
-    try:
+    with rolled_back() as undo:
+        undo.append(lambda: close_slots(slots))
         for index in range(count):
             made = DeviceBuffer.allocate(nbytes, device=device) if allocate is None else allocate(nbytes)
             slots.append(Slot(index, made))
@@ -115,9 +117,6 @@ def make_slots(
                     f"slot {index} was allocated with {format_nbytes(made.nbytes)}, but the largest unit needs "
                     f"{format_nbytes(nbytes)}"
                 )
-    except BaseException:
-        close_slots(slots)
-        raise
     return slots
 
 

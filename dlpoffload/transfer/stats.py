@@ -111,8 +111,10 @@ class Stopwatch:
             if not self.driver.event_query(end):
                 return
             self.pending.popleft()
-            milliseconds = self.driver.event_elapsed_ms(start, end)
-            self.free += (start, end)
+            try:
+                milliseconds = self.driver.event_elapsed_ms(start, end)
+            finally:
+                self.free += (start, end)
             if nbytes is not None:
                 stats.timed_copies += 1
                 stats.timed_nbytes += nbytes

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import mmap
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Any, Final
 from fake import FakeCuda
 
 import dlpoffload as dlpo
-from dlpoffload import doctor, lifetime
+from dlpoffload import doctor, lifetime, pages
 from dlpoffload.driver import default_device, open_driver
 from dlpoffload.driver.cuda import device_count, driver_version
 from dlpoffload.transfer import measure_link
@@ -37,6 +38,10 @@ def _nothing(result: object) -> None:
 
 def _close(result: Any) -> None:
     result.close()
+
+
+def _freed(result: object) -> None:
+    """Dropping it frees it."""
 
 
 @dataclass
@@ -180,6 +185,7 @@ def _link(bench: Bench) -> tuple[Act, Any]:
 @operation("HostBuffer.allocate")
 def _allocate(bench: Bench) -> tuple[Act, Any]:
     open_driver(DEVICE)
+    pages._nodes = lambda: [0, 1]  # as on a machine where it matters which node the device is near to
     return lambda: dlpo.HostBuffer.allocate(HUGE_NBYTES, device=DEVICE), _close
 
 
@@ -289,18 +295,17 @@ class Foreign:
 @operation("View.__dlpack__, copied to the device")
 def _copied_view(bench: Bench) -> tuple[Act, Any]:
     view = bench.host_buffer().host_view((NBYTES,), "uint8")
-    return lambda: view.__dlpack__(dl_device=(2, 0), copy=True), _nothing
+    return lambda: view.__dlpack__(dl_device=(2, 0), copy=True), _freed
 
 
 @operation("View.__dlpack__, copied to the host")
 def _copied_to_host(bench: Bench) -> tuple[Act, Any]:
     view = bench.device_buffer().device_view((NBYTES,), "uint8")
 
-    def act() -> None:
-        for label in (1, 3):  # kDLCPU, kDLCUDAHost
-            view.__dlpack__(dl_device=(label, 0), copy=True)
+    def act() -> list[object]:
+        return [view.__dlpack__(dl_device=(label, 0), copy=True) for label in (1, 3)]  # kDLCPU, kDLCUDAHost
 
-    return act, _nothing
+    return act, _freed
 
 
 @operation("DeviceBuffer.allocate")
@@ -436,11 +441,7 @@ def _store_view(bench: Bench) -> tuple[Act, Any]:
     open_driver(DEVICE)
     store = bench.stack.enter_context(dlpo.HostStore.allocate(SPECS, units=UNITS, device=DEVICE))
 
-    def act() -> None:
-        store.device_view("u0.a")
-        store.slab("u1").device_view("u1.b")
-
-    return act, _nothing
+    return lambda: store.slab("u1").device_view("u1.b"), _nothing
 
 
 @operation("HostStore.close", releases=True)
@@ -562,20 +563,16 @@ def _captured(bench: Bench) -> tuple[Act, Any]:
             _one_step(bench, prefetcher, stream, check=False)
         finally:
             graph, result = bench.fake.capture_end(stream)
-            bench.stack.callback(_destroyed, bench.fake, held := [graph])
+            if sys.exc_info()[0] is not None:
+                bench.fake.graph_destroy(graph)
         try:
             assert result == 0, f"the capture ended with {result}"
             bench.fake.graph_launch(graph, stream)
             _one_step(bench, prefetcher, stream)
         finally:
-            _destroyed(bench.fake, held)
+            bench.fake.graph_destroy(graph)
 
     return act, _nothing
-
-
-def _destroyed(fake: FakeCuda, graphs: list[Any]) -> None:
-    while graphs:
-        fake.graph_destroy(graphs.pop())
 
 
 def _used_ring(bench: Bench) -> dlpo.SlotRing:

@@ -32,7 +32,7 @@ class Alive:
     buffers: Counter[tuple[str, int]]
     driver: tuple[tuple[str, int], ...]
     handles: int | None
-    """Streams and events; None where what lives on may have made some."""
+    """Streams, events and objects of graphs; None where what lives on may have made some."""
     mapped_nbytes: int
     """Of anonymous pages that are kept from forked children, which is what is pinned."""
     mapped_files: tuple[str, ...]
@@ -54,7 +54,7 @@ def look(fake: FakeCuda, folder: Path, *, handles: bool = True) -> Alive:
     """See what is alive. `folder` is where files lie that may be mapped."""
     mapped_nbytes, files = _mapped(str(folder))
     live = fake.live()
-    streams_and_events = live.pop("streams") + live.pop("events")
+    streams_and_events = live.pop("streams") + live.pop("events") + live.pop("user_objects")
     return Alive(
         dlpo.pinned_nbytes(),
         Counter(dlpo.live_buffers()),
