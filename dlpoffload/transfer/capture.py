@@ -27,7 +27,7 @@ from .slots import Slot
 from .stats import Stopwatch
 from .timeline import Timeline
 
-__all__ = ["Horizon", "Timelines", "dispose"]
+__all__ = ["Horizon", "Timelines", "dispose", "end"]
 
 
 _GRAPH_END_S: Final = 0.1
@@ -194,8 +194,13 @@ class Timelines:
 
 def dispose(driver: Driver, stopwatch: Stopwatch, timelines: Timelines) -> None:
     """End a ring that was dropped: after its copies and readers, destroy events and streams."""
-    with driver.current(), driver.relaxed(), ExitStack() as closing:
+    with suppress(CudaError), driver.relaxed():  # work that failed has ended, too; `close` is where one hears of it
+        timelines.eager.drain()
+    end(stopwatch, timelines)
+
+
+def end(stopwatch: Stopwatch, timelines: Timelines) -> None:
+    """Destroy the events and streams of a ring, all of them, whichever the driver refuses."""
+    with ExitStack() as closing:
         closing.callback(timelines.close)
         closing.callback(stopwatch.close)
-        with suppress(CudaError):  # work that failed has ended, too; `close` is where one hears of it
-            timelines.eager.drain()

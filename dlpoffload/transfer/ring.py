@@ -22,7 +22,7 @@ from ..memory import DeviceBuffer
 from ..rollback import rolled_back
 from ..slab import Slab
 from ..spec import ALIGNMENT, aligned, format_nbytes
-from .capture import Horizon, Timelines, dispose
+from .capture import Horizon, Timelines, dispose, end
 from .lease import Lease, StreamLike, leased, stream_handle
 from .slots import Slot, SlotState, check_device, close_slots, make_slots, no_free_slot
 from .stats import Stopwatch, TransferStats
@@ -377,8 +377,9 @@ class SlotRing:
             self._timelines.eager.drain()
             self._stopwatch.read(self.stats)
             self._closed = True
+            self._dispose.detach()
             try:
-                self._dispose()
+                end(self._stopwatch, self._timelines)
             finally:
                 close_slots(self.slots)
 

@@ -21,6 +21,12 @@ import dlpoffload
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parent.parent / "docs" / "reliability.md"
 GROUPS = 8
+LOADING = """
+import os
+from pathlib import Path
+from fake import FakeCuda
+fake = FakeCuda(Path(os.environ["FAKE_CUDA"]))
+"""
 NAMES = re.findall(r'^@operation\("([^"]+)"', (HERE / "operations.py").read_text(encoding="utf-8"), re.MULTILINE)
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -56,8 +62,7 @@ def script(run: Run) -> Callable[[str], str]:
     """Run code with `fake` made; what it printed, or a failure with what it said."""
 
     def script(code: str) -> str:
-        loading = "import os; from pathlib import Path; from fake import FakeCuda; fake = FakeCuda(Path(os.environ['FAKE_CUDA']))\n"
-        done = run("-c", loading + textwrap.dedent(code))
+        done = run("-c", LOADING + textwrap.dedent(code))
         assert done.returncode == 0, done.stderr
         return done.stdout
 

@@ -31,8 +31,8 @@ class Alive:
     pinned_nbytes: int
     buffers: Counter[tuple[str, int]]
     driver: tuple[tuple[str, int], ...]
-    handles: int | None
-    """Streams, events and objects of graphs; None where what lives on may have made some."""
+    handles: int
+    """Streams, events and objects of graphs."""
     mapped_nbytes: int
     """Of anonymous pages that are kept from forked children, which is what is pinned."""
     mapped_files: tuple[str, ...]
@@ -50,43 +50,49 @@ class Alive:
         return dict(self.driver)["registered_nbytes"]
 
 
-def look(fake: FakeCuda, folder: Path, *, handles: bool = True) -> Alive:
-    """See what is alive. `folder` is where files lie that may be mapped."""
-    mapped_nbytes, files = _mapped(str(folder))
+def look(fake: FakeCuda, folder: Path, *, whole: bool = True) -> Alive:
+    """See what is alive. `folder` is where files lie that may be mapped.
+
+    Not `whole` leaves out handles, and graphs that a ring looks after, of which what lives on may have made some; and
+    the sizes of mappings, which take long to find.
+    """
     live = fake.live()
-    streams_and_events = live.pop("streams") + live.pop("events") + live.pop("user_objects")
+    handles = live.pop("streams") + live.pop("events") + live.pop("user_objects")
     return Alive(
         dlpo.pinned_nbytes(),
-        Counter(dlpo.live_buffers()),
+        Counter(row for row in dlpo.live_buffers() if whole or row[0] != "graph"),
         tuple(live.items()),
-        streams_and_events if handles else None,
-        mapped_nbytes,
-        files,
+        handles if whole else 0,
+        _pinned_nbytes() if whole else 0,
+        _mapped_files(str(folder)),
         tuple(sorted(thread.name for thread in threading.enumerate() if thread.name != "dlpoffload-reclaim")),
         _descriptors(),
     )
 
 
-def settle(fake: FakeCuda, folder: Path, wanted: Alive, wait_s: float = _WAIT_S) -> Alive:
+def settle(fake: FakeCuda, folder: Path, wanted: Alive, wait_s: float = _WAIT_S, *, whole: bool = True) -> Alive:
     """Look until it is as wanted, or until it has had the time: other threads may still free something."""
     deadline = time.monotonic() + wait_s
     while True:
         gc.collect()
         lifetime.drain()
-        found = look(fake, folder, handles=wanted.handles is not None)
+        found = look(fake, folder, whole=whole)
         if found == wanted or time.monotonic() >= deadline:
             return found
         time.sleep(0.005)
 
 
-def _mapped(folder: str) -> tuple[int, tuple[str, ...]]:
+def _mapped_files(folder: str) -> tuple[str, ...]:
+    maps = Path("/proc/self/maps").read_bytes()
+    lines = maps.splitlines() if folder.encode() in maps else []
+    return tuple(sorted(line.rpartition(b"/")[2].decode() for line in lines if folder.encode() in line))
+
+
+def _pinned_nbytes() -> int:
     smaps = Path("/proc/self/smaps").read_bytes()
-    pinned = 0
-    if b" dc" in smaps:
-        pinned = sum(_size(found) for found in _RANGE.finditer(smaps) if b" dc" in found.group("flags"))
-    name = folder.encode()
-    files = [line for line in smaps.splitlines() if name in line] if name in smaps else []
-    return pinned, tuple(sorted(line.rpartition(b"/")[2].decode() for line in files))
+    if b" dc" not in smaps:
+        return 0
+    return sum(_size(found) for found in _RANGE.finditer(smaps) if b" dc" in found.group("flags"))
 
 
 def _size(found: re.Match[bytes]) -> int:
