@@ -175,7 +175,8 @@ static int check_mappings(uintptr_t start, uintptr_t end, int read_only)
             continue;
         if (to <= start || from >= end)
             continue;
-        int is_file = inode && strncmp(path, "/dev/shm/", 9) && strncmp(path, "/memfd:", 7);
+        /* tmpfs is none: shared anonymous memory (/dev/zero), memfd, /dev/shm */
+        int is_file = inode && strncmp(path, "/dev/", 5) && strncmp(path, "/memfd:", 7);
         if (read_only && is_file && may[3] == 'p') {
             violation("a private mapping of a file registered read-only: the driver would never return");
             result = INVALID_VALUE;

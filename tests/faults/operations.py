@@ -108,12 +108,15 @@ class Operation:
         It takes memory back: what is failed then may stay, where it is counted.
     swallows : tuple of str
         Calls whose failure is no failure of the operation.
+    deferred : bool
+        Calls that need no context fail for good, too: they may give the errors of earlier work (CUDA driver API).
     """
 
     name: str
     prepare: Callable[[Bench], tuple[Act, Callable[[Any], None]]]
     releases: bool = False
     swallows: tuple[str, ...] = ()
+    deferred: bool = False
 
 
 OPERATIONS: dict[str, Operation] = {}
@@ -128,9 +131,11 @@ _DRAINS: Final = (
 """What a ring that was dropped waits with for its work: nobody is there to hear that it failed."""
 
 
-def operation(name: str, *, releases: bool = False, swallows: tuple[str, ...] = ()) -> Callable[[Any], Any]:
+def operation(
+    name: str, *, releases: bool = False, swallows: tuple[str, ...] = (), deferred: bool = False
+) -> Callable[[Any], Any]:
     def add(prepare: Any) -> Any:
-        OPERATIONS[name] = Operation(name, prepare, releases, swallows)
+        OPERATIONS[name] = Operation(name, prepare, releases, swallows, deferred)
         return prepare
 
     return add
@@ -191,7 +196,7 @@ def _link(bench: Bench) -> tuple[Act, Any]:
 
 
 # ------------------------------------------------------------------------------------------------- buffers
-@operation("HostBuffer.allocate")
+@operation("HostBuffer.allocate", deferred=True)
 def _allocate(bench: Bench) -> tuple[Act, Any]:
     open_driver(DEVICE)
     pages._nodes = lambda: [0, 1]  # as on a machine where it matters which node the device is near to
@@ -220,7 +225,7 @@ def _register(bench: Bench) -> tuple[Act, Any]:
     return lambda: dlpo.HostBuffer.register(memory, device=DEVICE), _close
 
 
-@operation("HostBuffer.register, pages that are shared")
+@operation("HostBuffer.register, pages that are shared", deferred=True)
 def _register_shared(bench: Bench) -> tuple[Act, Any]:
     open_driver(DEVICE)
     memory = memoryview(mmap.mmap(-1, 4 * mmap.PAGESIZE))
@@ -317,7 +322,7 @@ def _copied_to_host(bench: Bench) -> tuple[Act, Any]:
     return act, _freed
 
 
-@operation("DeviceBuffer.allocate")
+@operation("DeviceBuffer.allocate", deferred=True)
 def _allocate_device(bench: Bench) -> tuple[Act, Any]:
     open_driver(DEVICE)
     return lambda: dlpo.DeviceBuffer.allocate(NBYTES, device=DEVICE), _close

@@ -288,9 +288,9 @@ def count(operation: Operation, fake: FakeCuda, folder: Path) -> list[str]:
     return calls
 
 
-def faults_of(call: str, nth: int) -> Iterator[Fault]:
+def faults_of(operation: Operation, call: str, nth: int) -> Iterator[Fault]:
     yield Fault(call, nth, UNKNOWN)
-    if call not in FREE_STANDING:
+    if operation.deferred or call not in FREE_STANDING:
         yield Fault(call, nth, ILLEGAL_ADDRESS, sticky=True)
     if call in REFUSALS:
         yield Fault(call, nth, REFUSALS[call][0])
@@ -307,7 +307,7 @@ def sweep(operation: Operation, fake: FakeCuda, folder: Path, *, count_only: boo
     swept.positions = len(calls)
     for call, uses in swept.calls.items():
         for nth in range(1, uses + 1):
-            for fault in faults_of(call, nth):
+            for fault in faults_of(operation, call, nth):
                 swept.faults += 1
                 if count_only:
                     continue

@@ -187,28 +187,45 @@ def _library(run: Run) -> str:
 
 
 @pytest.mark.parametrize(
-    ("fault", "operation"),
+    ("planted", "operation", "fault"),
     [
-        ("dlpoffload.blocks.unmap_pages = lambda *_: None", "HostBuffer.allocate"),
-        ("dlpoffload.lifetime.undo = lambda *_: None", "DeviceBuffer.close"),
-        ("dlpoffload.lifetime.keep = lambda *_: None", "HostBuffer.allocate"),
-        ("dlpoffload.registrations._Registrations.stuck = lambda *_: ''", "HostBuffer.allocate"),
-        ("dlpoffload.driver.refusals.HINTS.clear()", "DeviceBuffer.allocate"),
-        ("dlpoffload.transfer.lease.Lease.abandon = lambda _: None", "Prefetcher, one step"),
+        ("dlpoffload.lifetime.undo = lambda *_: None", "HostBuffer.register, memory", '"cuDeviceGetAttribute", 1, 999'),
+        ("dlpoffload.lifetime.keep = lambda *_: None", "HostBuffer.allocate", '"cuDeviceGetAttribute", 1, 700, True'),
+        ("dlpoffload.lifetime._release = lambda token: None", "DeviceBuffer.close", '"cuMemFree", 1, 999'),
+        (
+            "dlpoffload.registrations._Registrations.stuck = lambda *_: ''",
+            "HostBuffer.register, pages that are shared",
+            '"cuMemHostRegister", 2, 700, True',
+        ),
+        ("dlpoffload.driver.refusals.HINTS.clear()", "DeviceBuffer.allocate", '"cuMemAlloc", 1, 700, True'),
+        ("dlpoffload.driver.cuda.CudaDriver._pop = lambda _: None", "DeviceBuffer.allocate", '"cuMemAlloc", 1, 999'),
+        ("dlpoffload.transfer.lease.Lease.abandon = lambda _: None", "Prefetcher, one step", '"cuEventRecord", 4, 999'),
+        (
+            "dlpoffload.transfer.ring.close_slots = held.append",
+            "SlotRing",
+            '"cuStreamCreate", 1, 999',
+        ),
     ],
 )
-def test_the_sweep_finds_what_is_planted(script: Callable[[str], str], fault: str, operation: str) -> None:
+def test_the_sweep_finds_what_is_planted(
+    script: Callable[[str], str], tmp_path: Path, planted: str, operation: str, fault: str
+) -> None:
     found = script(
         f"""
-        import sys
-        import dlpoffload.blocks, dlpoffload.driver.refusals, dlpoffload.transfer.lease
-        {fault}
-        import sweep
-        sys.argv = ["sweep", "--json", "--library", os.environ["FAKE_CUDA"], {operation!r}]
-        sweep.main()
+        import json
+        import dlpoffload.driver.cuda, dlpoffload.registrations, dlpoffload.transfer.ring
+        from sweep import OPERATIONS, Fault, attempt, in_child, write_checkpoint
+        folder, fault, held = Path({str(tmp_path)!r}), Fault({fault}), []
+        write_checkpoint(folder / "weights.safetensors")
+        before = in_child(lambda: attempt(OPERATIONS[{operation!r}], fake, folder, fault))
+        {planted}
+        after = in_child(lambda: attempt(OPERATIONS[{operation!r}], fake, folder, fault))
+        print(json.dumps([before, after]))
         """
     )
-    assert json.loads(found)["found"]
+    before, after = json.loads(found)
+    assert before == []
+    assert after != []
 
 
 def test_a_process_that_lost_its_context_ends_in_peace(script: Callable[[str], str]) -> None:
