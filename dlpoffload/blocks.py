@@ -170,8 +170,10 @@ def _pin(pointer: int, nbytes: int, driver: Driver, read_only: bool, access: Acc
     only = access is Access.READ_ONLY
     try:
         return registrations.acquire(pointer, end, driver, read_only=only, in_page_cache=only), read_only
-    except RegistrationError:
-        if access is not Access.SHARED_FILE:
+    except RegistrationError as error:
+        cause = error.__cause__
+        for_want_of_memory = isinstance(cause, CudaError) and cause.name == "CUDA_ERROR_OUT_OF_MEMORY"
+        if access is not Access.SHARED_FILE or for_want_of_memory:
             raise
         # Most file systems' pages are pinned for reading only, even through a writable mapping; tmpfs's are not.
         return registrations.acquire(pointer, end, driver, read_only=True, in_page_cache=True), True

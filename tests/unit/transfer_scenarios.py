@@ -466,11 +466,11 @@ def last_readers_that_cannot_be_marked(transfer: ModuleType, seed: int) -> None:
     """A block that is left by an error of the driver has given its slot back, and its readers are done with it."""
 
     class Faulty(GraphDriver):
-        fails = False
+        fails = 0
 
         def event_record(self, event: int, stream: int) -> None:
             if self.fails:
-                self.fails = False
+                self.fails -= 1
                 raise CudaError("cuEventRecord", 999, "CUDA_ERROR_UNKNOWN")
             super().event_record(event, stream)
 
@@ -478,13 +478,16 @@ def last_readers_that_cannot_be_marked(transfer: ModuleType, seed: int) -> None:
     with installed(driver):
         bench = Workbench(transfer, driver, seed, slots=1, when_full="error")
         bench.ring._stopwatch.limit = 0
-        for unit in bench.names:
-            lease = bench.ring.prefetch(unit, stream=bench.streams[0])
+        for index, unit in enumerate(bench.names):
+            stream = bench.streams[index % 2]
+            lease = bench.ring.prefetch(unit, stream=stream)
             with suppress(CudaError), lease:
                 bench.read(lease)
-                driver.fails = True
+                driver.fails = 2  # it is tried once more
             assert not driver.fails
-        bench.settle()
+            with (lease := bench.ring.prefetch(bench.names[index - 1], stream=bench.streams[2])):
+                bench.read(lease)
+            driver.stream_synchronize(bench.streams[2])  # and of the other stream nothing that nobody waits for
         bench.check()
         bench.ring.close()
         bench.store.close()
