@@ -10,11 +10,12 @@ import mmap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from . import _native, lifetime
 from .driver import Driver
-from .errors import HostMemoryError, RegistrationError
+from .errors import CudaError, HostMemoryError, RegistrationError
 from .limits import PAGE_TABLE_ENTRY_NBYTES, check_host_budget, host_limits
 from .maps import Access
 from .pages import Pages, PinOptions, map_pages, populate, refused
@@ -25,7 +26,6 @@ from .registrations import (
     pinned_file_nbytes,
     pinned_nbytes,
     registrations,
-    stuck,
 )
 from .spec import format_nbytes
 from .wall import check_wall
@@ -41,6 +41,7 @@ __all__ = [
     "pin_pages",
     "pinned_block",
     "register",
+    "unmap_pages",
 ]
 
 _UNCHECKED: Final = 1 << 20
@@ -104,11 +105,18 @@ def mapped_pages(nbytes: int, driver: Driver, options: PinOptions) -> Iterator[P
     pages = map_pages(nbytes, driver, options, lambda: check_pinning(nbytes, driver, options.host_budget))
     try:
         yield pages
-    except BaseException:
-        if not registrations.touching(pages.pointer, pages.pointer + nbytes, driver):
-            _native.unmap(pages.pointer, pages.mapped_nbytes)
-        # else the driver would not take a registration back: what is registered must not be mapped anew
+    except BaseException as error:
+        lifetime.undo("pinned", nbytes, partial(unmap_pages, pages, nbytes, driver), error)
         raise
+
+
+def unmap_pages(pages: Pages, nbytes: int, driver: Driver) -> None:
+    """Unmap pages, unless the driver would not take a registration back: what is registered must not be mapped anew."""
+    if stuck := registrations.stuck(pages.pointer, pages.pointer + nbytes, driver):
+        raise RegistrationError(
+            f"{format_nbytes(nbytes)} at {pages.pointer:#x} stay allocated: not all of them could be unpinned [{stuck}]"
+        )
+    _native.unmap(pages.pointer, pages.mapped_nbytes)
 
 
 def pin_pages(pages: Pages, byte_offset: int, nbytes: int, driver: Driver) -> list[Registration]:
@@ -136,7 +144,7 @@ def allocate_pinned(nbytes: int, driver: Driver, options: PinOptions | None = No
     def release() -> None:
         with lifetime.lock:
             registrations.release(used)
-        _native.unmap(pages.pointer, pages.mapped_nbytes)  # only now: what is registered must not be mapped anew
+        unmap_pages(pages, nbytes, driver)
 
     return pinned_block(pages.pointer, nbytes, driver, used, release, notes=tuple(pages.notes))
 
@@ -147,15 +155,18 @@ def register(pointer: int, nbytes: int, driver: Driver, *, read_only: bool, acce
         check_pinning(nbytes, driver)
     lifetime.drain()
     kept = [keepalive]
-    with lifetime.lock:
-        used, read_only = _pin(pointer, nbytes, driver, read_only or access is Access.READ_ONLY, access)
+    try:
+        with lifetime.lock:
+            used, read_only = _pin(pointer, nbytes, driver, read_only or access is Access.READ_ONLY, access)
+    except BaseException:
+        if registrations.stuck(pointer, pointer + nbytes, driver):
+            lifetime.keep("pinned", nbytes, kept.clear)
+        raise
 
     def release() -> None:
-        stuck[id(kept)] = kept  # what is registered must not be freed
         with lifetime.lock:
             registrations.release(used)
-        del stuck[id(kept)]
-        kept.clear()
+        kept.clear()  # only now: what is registered must not be freed
 
     return pinned_block(pointer, nbytes, driver, used, release, read_only=read_only)
 
@@ -168,8 +179,10 @@ def _pin(pointer: int, nbytes: int, driver: Driver, read_only: bool, access: Acc
     only = access is Access.READ_ONLY
     try:
         return registrations.acquire(pointer, end, driver, read_only=only, in_page_cache=only), read_only
-    except RegistrationError:
-        if access is not Access.SHARED_FILE:
+    except RegistrationError as error:
+        cause = error.__cause__
+        for_want_of_memory = isinstance(cause, CudaError) and cause.name == "CUDA_ERROR_OUT_OF_MEMORY"
+        if access is not Access.SHARED_FILE or for_want_of_memory:
             raise
         # Most file systems' pages are pinned for reading only, even through a writable mapping; tmpfs's are not.
         return registrations.acquire(pointer, end, driver, read_only=True, in_page_cache=True), True
@@ -189,8 +202,8 @@ def pinned_block(
     """The block of a range that `used` pins; `release` is called at once when there can be none."""
     try:
         device_pointer = _device_pointer(pointer, nbytes, driver, used)
-    except BaseException:
-        release()
+    except BaseException as error:
+        lifetime.undo(kind, nbytes, release, error)
         raise
     owner = lifetime.own(kind, nbytes, release)
     between = borders(used, pointer)
@@ -249,6 +262,11 @@ def adopt_device(pointer: int, nbytes: int, driver: Driver, *, read_only: bool, 
 def allocate_device(nbytes: int, driver: Driver) -> Block:
     """Allocate device memory through the driver."""
     lifetime.drain()
-    pointer = driver.device_alloc(nbytes)
+    try:
+        pointer = driver.device_alloc(nbytes)
+    except CudaError as error:
+        if not error.undone:
+            lifetime.keep("device", nbytes, lambda: None)  # nobody knows where it is
+        raise
     owner = lifetime.own("device", nbytes, lambda: driver.device_free(pointer))
     return Block(owner, driver, nbytes, None, pointer, pinned=False)

@@ -8,7 +8,7 @@ from typing import Final
 
 from . import _native, lifetime
 from .background import Background, Progress
-from .blocks import Block, mapped_pages, pin_pages
+from .blocks import Block, mapped_pages, pin_pages, unmap_pages
 from .driver import Driver
 from .errors import RegistrationError, SpecError
 from .pages import Pages, PinOptions
@@ -38,7 +38,7 @@ def allocate_chunked(
     def release() -> None:
         with lifetime.lock:
             registrations.release(used)
-        _native.unmap(pages.pointer, pages.mapped_nbytes)
+        unmap_pages(pages, nbytes, driver)
 
     owner = lifetime.own("pinned", nbytes, release)
     between = tuple(pages.pointer + at for at in range(chunk_nbytes, nbytes, chunk_nbytes))

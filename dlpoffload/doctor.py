@@ -124,11 +124,11 @@ def check_driver(machine: Machine) -> Finding:
         "cuda_bindings_version": bindings,
         "problem": None if problem is None else str(problem),
     }
+    if problem is not None and not isinstance(problem, DriverNotFoundError):
+        return Finding("failed", ("there is a CUDA driver, but it does not work", str(problem)), facts)
     if count:
         says = f"CUDA {version}, kernel module {module or 'not known'}, cuda-bindings {bindings}"
         return Finding("ok", (says,), facts)
-    if problem is not None and not isinstance(problem, DriverNotFoundError):
-        return Finding("failed", ("there is a CUDA driver, but it does not work", str(problem)), facts)
     if bindings is None:
         why, remedy = "cuda-bindings is not installed", "python -m pip install cuda-bindings"
     else:

@@ -55,12 +55,15 @@ class CudaError(OffloadError):
         The ``CUresult`` value.
     name : str
         Its name, for example ``"CUDA_ERROR_OUT_OF_MEMORY"``.
+    undone : bool
+        Whether what was asked for is not there. False of memory that was registered all the same, and stays so.
     """
 
     def __init__(self, call: str, code: int, name: str, detail: str = "") -> None:
         self.call = call
         self.code = code
         self.name = name
+        self.undone = True
         super().__init__(f"{call} failed with {name} ({code})" + (f": {detail}" if detail else ""))
 
 

@@ -19,7 +19,7 @@ from .driver import Driver
 from .errors import RegistrationError
 from .memfile import is_in_memory
 from .pages import host_threads
-from .registrations import registrations, stuck
+from .registrations import registrations
 
 __all__ = ["check_mappable", "map_file_range"]
 
@@ -88,8 +88,8 @@ def map_file_range(
         with lifetime.lock:
             used = registrations.acquire(pointer, pointer + length, driver, read_only=True, in_page_cache=not there)
     except BaseException as error:
-        if registrations.touching(pointer, pointer + length, driver):
-            stuck[id(mapping)] = mapping
+        if registrations.stuck(pointer, pointer + length, driver):
+            lifetime.keep("mapped file", length, mapping.close)
         if not isinstance(error, RegistrationError):
             raise
         raise RegistrationError(
@@ -98,11 +98,9 @@ def map_file_range(
         ) from error
 
     def release() -> None:
-        stuck[id(mapping)] = mapping  # what is registered must not be unmapped
         with lifetime.lock:
             registrations.release(used)
-        del stuck[id(mapping)]
-        mapping.close()
+        mapping.close()  # only now: what is registered must not be unmapped
 
     return pinned_block(pointer, length, driver, used, release, kind="mapped file", read_only=True), byte_offset - start
 

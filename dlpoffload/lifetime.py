@@ -27,6 +27,7 @@ __all__ = [
     "Owner",
     "Resource",
     "drain",
+    "keep",
     "live",
     "lock",
     "own",
@@ -34,6 +35,7 @@ __all__ = [
     "paused",
     "release_now",
     "trace_allocations",
+    "undo",
 ]
 
 
@@ -129,11 +131,28 @@ def own(kind: str, nbytes: int, release: Callable[[], None]) -> _native.Owner:
         _start_thread()
         token = next(_tokens)
         owner = _native.Owner(token)
-    except BaseException:
-        release()
+    except BaseException as error:
+        undo(kind, nbytes, release, error)
         raise
     _resources[token] = Resource(kind, nbytes, release, _owner.get(), _origin())
     return owner
+
+
+def undo(kind: str, nbytes: int, release: Callable[[], None], error: BaseException) -> None:
+    """Free what was made before `error` was raised, which is what the caller is to hear.
+
+    Where that fails, too, the error gets a note, and the memory is kept.
+    """
+    try:
+        release()
+    except Exception as refused:
+        error.add_note(f"and what was made before could not be freed, so it stays allocated: {refused}")
+        keep(kind, nbytes, release)
+
+
+def keep(kind: str, nbytes: int, release: Callable[[], None]) -> None:
+    """Keep memory that the driver would not take back, with all that `release` refers to, and count it in `live`."""
+    _kept.append(Resource(kind, nbytes, release, _owner.get(), _origin()))
 
 
 def release_now(owner: _native.Owner) -> bool:

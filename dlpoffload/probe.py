@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from random import Random
 
 from .driver import Driver
-from .memory import HostBuffer
+from .memory import DeviceBuffer, HostBuffer
 
 __all__ = ["wrong_bytes"]
 
@@ -27,10 +27,10 @@ def wrong_bytes(driver: Driver, nbytes: int) -> dict[str, int]:
         driver.current(),
         HostBuffer.allocate(nbytes, device=driver.device) as buffer,
         HostBuffer.allocate(nbytes, device=driver.device) as witness,
-        _held(driver.device_alloc(nbytes), driver.device_free) as there,
+        DeviceBuffer.allocate(nbytes, device=driver.device) as there,
         _held(driver.stream_create(), driver.stream_destroy) as stream,
     ):
-        return _wrong_bytes(driver, buffer, witness, there, stream)
+        return _wrong_bytes(driver, buffer, witness, there.device_pointer, stream)
 
 
 def _wrong_bytes(driver: Driver, buffer: HostBuffer, witness: HostBuffer, there: int, stream: int) -> dict[str, int]:

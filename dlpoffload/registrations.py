@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from .driver import Driver
-from .errors import RegistrationError
+from .errors import CudaError, RegistrationError
 from .spec import aligned, format_nbytes
 
 __all__ = [
@@ -19,7 +19,6 @@ __all__ = [
     "pinned_file_nbytes",
     "pinned_nbytes",
     "registrations",
-    "stuck",
     "uncrossed",
 ]
 
@@ -31,7 +30,13 @@ _PAGE: Final = mmap.PAGESIZE
 
 @dataclass(eq=False, slots=True)
 class Registration:
-    """One call of the driver that pinned pages; `in_page_cache` where they are a file's."""
+    """One call of the driver that pinned pages; `in_page_cache` where they are a file's.
+
+    Attributes
+    ----------
+    stuck : str
+        Why the driver would not take it back; empty when nobody asked it to, or it did.
+    """
 
     start: int
     end: int
@@ -39,6 +44,7 @@ class Registration:
     read_only: bool
     in_page_cache: bool
     count: int = 0
+    stuck: str = ""
 
 
 @dataclass(slots=True)
@@ -63,11 +69,21 @@ class _Registrations:
         made: list[Registration] = []
         try:
             for gap_start, gap_end in _gaps(start, end, held):
-                driver.host_register(gap_start, gap_end - gap_start, read_only=read_only)
-                made.append(Registration(gap_start, gap_end, driver, read_only, in_page_cache, count=1))
-                self.ranges.append(made[-1])
-        except BaseException:
-            self.release(held + made)
+                new = Registration(gap_start, gap_end, driver, read_only, in_page_cache, count=1)
+                try:
+                    driver.host_register(gap_start, gap_end - gap_start, read_only=read_only)
+                except CudaError as error:
+                    if not error.undone:
+                        new.count, new.stuck = 0, str(error)
+                        self.ranges.append(new)
+                    raise
+                made.append(new)
+                self.ranges.append(new)
+        except BaseException as error:
+            try:
+                self.release(held + made)
+            except Exception as refused:
+                error.add_note(f"and what was pinned before could not be unpinned: {refused}")
             raise
         return sorted(held + made, key=lambda r: r.start)
 
@@ -80,11 +96,19 @@ class _Registrations:
                 try:
                     registration.driver.host_unregister(registration.start)
                 except Exception as error:
+                    registration.stuck = str(error)
                     refused = refused or error
                 else:
                     self.ranges.remove(registration)
         if refused is not None:
             raise refused
+
+    def stuck(self, start: int, end: int, driver: Driver) -> str:
+        """Why the driver would not take back a registration of pages of [start, end); empty where it did.
+
+        Such pages must not be unmapped while the process lives.
+        """
+        return next((r.stuck for r in self.touching(start, end, driver) if r.count <= 0), "")
 
     def touching(self, start: int, end: int, driver: Driver) -> list[Registration]:
         """Those of this driver that share a page with [start, end), in order."""
@@ -110,8 +134,6 @@ def _gaps(start: int, end: int, held: list[Registration]) -> Iterator[tuple[int,
 
 registrations: Final = _Registrations()
 
-stuck: Final[dict[int, object]] = {}
-"""What holds memory that the driver would not unregister, by id: it must not be unmapped while the process lives."""
 # What the parent registered is not registered in a child.
 os.register_at_fork(after_in_child=registrations.ranges.clear)
 

@@ -9,7 +9,7 @@ Written against the signatures of cuda-bindings 12.9 and 13: a call returns a tu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from types import ModuleType
 from typing import Any, Final
@@ -29,20 +29,6 @@ _SUCCESS: Final = 0
 _PORTABLE, _DEVICEMAP, _READ_ONLY = 0x01, 0x02, 0x08  # CU_MEMHOSTALLOC_* and CU_MEMHOSTREGISTER_* agree
 _NON_BLOCKING: Final = 1  # CU_STREAM_NON_BLOCKING
 _EVENT_DEFAULT, _DISABLE_TIMING = 0, 2  # CU_EVENT_*
-
-_HINTS: Final = {
-    "CUDA_ERROR_NOT_INITIALIZED": "a forked child cannot use CUDA; start it with the spawn method",
-    "CUDA_ERROR_STREAM_CAPTURE_IMPLICIT": (
-        "the legacy default stream cannot be used while another stream captures; pass the capturing stream"
-    ),
-    "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED": "an earlier call broke the capture; end it and capture again",
-    "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED": "the call cannot be part of a graph capture; make it before",
-    "CUDA_ERROR_STREAM_CAPTURE_ISOLATION": (
-        "an event or stream from outside a graph capture was used in it; use those made inside"
-    ),
-    "CUDA_ERROR_ILLEGAL_ADDRESS": "a kernel used memory that is not there; the CUDA context is lost",
-}
-"""What to do, for results that the user can do something about, wherever they come from."""
 
 
 # ---------------------------------------------------------------------------------------------- finding it
@@ -126,7 +112,7 @@ def check(cuda: ModuleType, call: str, result: tuple[Any, ...], detail: str = ""
     code = int(result[0])
     known, name = cuda.cuGetErrorName(result[0])
     text = name.decode() if known == _SUCCESS else f"CUresult {code}"
-    raise CudaError(call, code, text, "; ".join(filter(None, (detail, _HINTS.get(text, "")))))
+    raise CudaError(call, code, text, "; ".join(filter(None, (detail, refusals.HINTS.get(text, "")))))
 
 
 # ---------------------------------------------------------------------------------------------- the driver
@@ -181,21 +167,22 @@ class CudaDriver:
 
     def _call(self, call: str, *arguments: Any, detail: str = "") -> Any:
         """Make one driver call in the device's context, and check its result."""
-        return check(self._cuda, call, self._result(call, *arguments), detail)
+        with self.current():
+            result = self._result(call, *arguments)
+        return check(self._cuda, call, result, detail)
+
+    def _checked(self, call: str, *arguments: Any) -> Any:
+        """The same in whatever context is current."""
+        return check(self._cuda, call, self._result(call, *arguments))
 
     def _result(self, call: str, *arguments: Any) -> tuple[Any, ...]:
-        function = getattr(self._cuda, call)
-        pushed = self._push()
+        function: Callable[..., tuple[Any, ...]] = getattr(self._cuda, call)
         try:
-            result: tuple[Any, ...] = function(*arguments)
+            return function(*arguments)
         except OverflowError as error:
             raise cuda_error(call, "CUDA_ERROR_INVALID_VALUE", f"{error}: {arguments}") from error
         except RuntimeError as error:  # the bindings are newer than the driver
             raise cuda_error(call, "CUDA_ERROR_NOT_FOUND", f"{error}; update the NVIDIA driver") from error
-        finally:
-            if pushed:
-                self._pop()
-        return result
 
     def current(self) -> AbstractContextManager[None]:
         return Current(self._push, self._pop)
@@ -211,8 +198,24 @@ class CudaDriver:
 
     def _relaxed(self, call: str, *arguments: Any) -> Any:
         """Call what would break a capture on another thread, though it has nothing to do with it: memory's calls."""
-        with self.relaxed():
-            return self._call(call, *arguments)
+        with self.current(), self.relaxed():
+            return self._checked(call, *arguments)
+
+    def _make(self, call: str, *arguments: Any, undo: str) -> Any:
+        """Call what makes something, and take it back should the thread not be put back afterwards."""
+        made: list[Any] = []
+        try:
+            with self.current(), self.relaxed():
+                made.append(self._checked(call, *arguments))
+        except CudaError as error:
+            for value in made:
+                try:
+                    self._call(undo, arguments[0] if value is None else value)
+                except CudaError as refused:
+                    error.undone = False
+                    error.add_note(f"and it could not be taken back: {refused}")
+            raise
+        return made[0]
 
     def synchronize(self) -> None:
         self._call("cuCtxSynchronize")
@@ -249,7 +252,7 @@ class CudaDriver:
         if nbytes <= 0:
             raise refusals.invalid_nbytes(call, nbytes)
         try:
-            return int(self._relaxed(call, nbytes, _PORTABLE | _DEVICEMAP))
+            return int(self._make(call, nbytes, _PORTABLE | _DEVICEMAP, undo="cuMemFreeHost"))
         except CudaError as cause:
             if not refusals.is_refusal(cause):
                 raise
@@ -262,7 +265,7 @@ class CudaDriver:
     def host_register(self, pointer: int, nbytes: int, *, read_only: bool = False) -> None:
         flags = _PORTABLE | _DEVICEMAP | (_READ_ONLY if read_only else 0)
         try:
-            self._relaxed("cuMemHostRegister", pointer, nbytes, flags)
+            self._make("cuMemHostRegister", pointer, nbytes, flags, undo="cuMemHostUnregister")
         except CudaError as cause:
             if not refusals.is_refusal(cause):
                 raise
@@ -305,7 +308,7 @@ class CudaDriver:
         if nbytes <= 0:
             raise refusals.invalid_nbytes(call, nbytes)
         try:
-            return int(self._relaxed(call, nbytes))
+            return int(self._make(call, nbytes, undo="cuMemFree"))
         except CudaError as cause:
             if not refusals.is_refusal(cause):
                 raise
@@ -317,7 +320,7 @@ class CudaDriver:
 
     # ------------------------------------------------------------------------------- streams and events
     def stream_create(self) -> int:
-        return int(self._call("cuStreamCreate", _NON_BLOCKING))
+        return int(self._make("cuStreamCreate", _NON_BLOCKING, undo="cuStreamDestroy"))
 
     def stream_destroy(self, stream: int) -> None:
         self._call("cuStreamDestroy", stream)
@@ -338,10 +341,12 @@ class CudaDriver:
         graph = self._capture_info(stream)[1]
         destroy = self._cuda.CUhostFn(function)
         no_sync = self._cuda.CUuserObject_flags.CU_USER_OBJECT_NO_DESTRUCTOR_SYNC
-        held = self._call("cuUserObjectCreate", argument, destroy, 1, no_sync)
-        # The graph gets a count of its own. Should that be refused, ours is never given up: the function is not called.
-        self._call("cuGraphRetainUserObject", graph, held, 1, 0)
-        self._call("cuUserObjectRelease", held, 1)
+        with self.current():
+            held = self._checked("cuUserObjectCreate", argument, destroy, 1, no_sync)
+            # The graph gets a count of its own. Should that be refused, ours is never given up, and the function not
+            # called: so nothing else may fail in between.
+            self._checked("cuGraphRetainUserObject", graph, held, 1, 0)
+            self._checked("cuUserObjectRelease", held, 1)
 
     def _capture_info(self, stream: int) -> tuple[Any, Any]:
         """Id and graph of the capture that is under way."""
@@ -350,12 +355,13 @@ class CudaDriver:
         third = f"{call}_v3"
         status, capture, graph, *_ = self._call(third if hasattr(self._cuda, third) else call, stream)
         if status != self._cuda.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_ACTIVE:
-            hint = _HINTS["CUDA_ERROR_STREAM_CAPTURE_INVALIDATED"]
+            hint = refusals.HINTS["CUDA_ERROR_STREAM_CAPTURE_INVALIDATED"]
             raise cuda_error(call, "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED", hint)
         return capture, graph
 
     def event_create(self, *, timing: bool = False) -> int:
-        return int(self._call("cuEventCreate", _EVENT_DEFAULT if timing else _DISABLE_TIMING))
+        flags = _EVENT_DEFAULT if timing else _DISABLE_TIMING
+        return int(self._make("cuEventCreate", flags, undo="cuEventDestroy"))
 
     def event_destroy(self, event: int) -> None:
         self._call("cuEventDestroy", event)
@@ -364,7 +370,8 @@ class CudaDriver:
         self._call("cuEventRecord", event, stream)
 
     def event_query(self, event: int) -> bool:
-        result = self._result("cuEventQuery", event)
+        with self.current():
+            result = self._result("cuEventQuery", event)
         if result[0] == self._cuda.CUresult.CUDA_ERROR_NOT_READY:
             return False
         check(self._cuda, "cuEventQuery", result)

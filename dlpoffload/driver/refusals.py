@@ -9,6 +9,9 @@ from ..errors import AliasError, CudaError, DeviceMemoryError, HostMemoryError, 
 from ..spec import format_nbytes
 
 __all__ = [
+    "CODES",
+    "HINTS",
+    "LOST",
     "cuda_error",
     "device_memory_refused",
     "host_memory_refused",
@@ -37,6 +40,40 @@ CODES: Final = {
     "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED": 901,
 }
 """The results that our own code gives (CUDA driver API, ``CUresult``)."""
+
+LOST: Final = {
+    "CUDA_ERROR_ECC_UNCORRECTABLE": "the device's memory is damaged",
+    "CUDA_ERROR_NVLINK_UNCORRECTABLE": "the link between devices failed",
+    "CUDA_ERROR_ILLEGAL_ADDRESS": "a kernel used memory that is not there",
+    "CUDA_ERROR_LAUNCH_TIMEOUT": "a kernel took longer than the system allows",
+    "CUDA_ERROR_CONTEXT_IS_DESTROYED": "somebody destroyed the device's context",
+    "CUDA_ERROR_ASSERT": "an assertion in a kernel failed",
+    "CUDA_ERROR_HARDWARE_STACK_ERROR": "a kernel broke its call stack",
+    "CUDA_ERROR_ILLEGAL_INSTRUCTION": "a kernel met an instruction that is none",
+    "CUDA_ERROR_MISALIGNED_ADDRESS": "a kernel used an address that is not aligned",
+    "CUDA_ERROR_INVALID_ADDRESS_SPACE": "a kernel used an address of another kind of memory",
+    "CUDA_ERROR_INVALID_PC": "a kernel jumped to where no code is",
+    "CUDA_ERROR_LAUNCH_FAILED": "a kernel failed",
+    "CUDA_ERROR_CONTAINED": "the device contained an error of its memory",
+}
+"""Results after which a context is of no use: all its later calls give them, too (CUDA driver API, ``CUresult``)."""
+
+HINTS: Final = {
+    "CUDA_ERROR_NOT_INITIALIZED": "a forked child cannot use CUDA; start it with the spawn method",
+    "CUDA_ERROR_STREAM_CAPTURE_IMPLICIT": (
+        "the legacy default stream cannot be used while another stream captures; pass the capturing stream"
+    ),
+    "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED": "an earlier call broke the capture; end it and capture again",
+    "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED": "the call cannot be part of a graph capture; make it before",
+    "CUDA_ERROR_STREAM_CAPTURE_ISOLATION": (
+        "an event or stream from outside a graph capture was used in it; use those made inside"
+    ),
+    **{
+        name: f"{why}; the CUDA context is lost, and every later call fails alike: restart the process"
+        for name, why in LOST.items()
+    },
+}
+"""What to do, for results that the user can do something about, wherever they come from."""
 
 _REGISTRATION: Final = {
     # name: (what was found, what to do)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +12,7 @@ from ..background import Background
 from ..checkpoint import Progress, Recipe, open_checkpoint
 from ..errors import AliasError, HostMemoryError, RegistrationError, SpecError
 from ..pages import HugePages
+from ..rollback import rolled_back
 from ..spec import TensorSpec
 from .files import mapped_contents
 from .filling import FilledTensors
@@ -167,8 +167,8 @@ class HostStore(FilledTensors):
         _check_specs(specs)
         checked = checked_units(specs, units)
         store = cls(anonymous_contents(specs, checked, memory), checked, memory)
-        with ExitStack() as undo:
-            undo.callback(store._discard)
+        with rolled_back() as undo:
+            undo.append(store._discard)
             memory.check(store._to_allocate)
             done = 0
             for name in store._of_name:
@@ -176,7 +176,6 @@ class HostStore(FilledTensors):
                 done += store._specs[name].nbytes
                 if progress is not None:
                     progress(done, store.nbytes)
-            undo.pop_all()
         return store
 
     @classmethod
@@ -190,8 +189,9 @@ class HostStore(FilledTensors):
         specs: Mapping[str, TensorSpec] | None,
         recipe: Recipe | None,
     ) -> HostStore:
-        with ExitStack() as undo:
-            checkpoint = undo.enter_context(open_checkpoint(path))
+        with rolled_back() as undo:
+            checkpoint = open_checkpoint(path)
+            undo.append(checkpoint.close)
             if recipe is not None and specs is None:
                 raise SpecError("a recipe makes the tensors that specs= names; pass specs= as well")
             made = None if specs is None else checkpoint.assemblies(specs, recipe)
@@ -202,14 +202,12 @@ class HostStore(FilledTensors):
                 memory.check(store._to_allocate)
                 store._pin(progress, (0, checkpoint.close))
                 weakref.finalize(store, checkpoint.close)  # cancelled, or dropped: what is not read will not be
-                undo.pop_all()
                 return store
             contents = anonymous_contents(wanted, checked, memory)
             store = cls(contents, checked, memory)
-            undo.callback(store._discard)
+            undo.append(store._discard)
             memory.check(store._to_allocate)
             checkpoint.read_into(store.memoryviews(), progress, made)
-            undo.pop_all()
             checkpoint.close()
         return store
 
@@ -268,11 +266,10 @@ class HostStore(FilledTensors):
         if background:
             store._pin(None)
             return store
-        with ExitStack() as undo:
-            undo.callback(store._discard)
+        with rolled_back() as undo:
+            undo.append(store._discard)
             for home in store._homes:
                 home.open()
-            undo.pop_all()
         return store
 
     @classmethod

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Container, Iterator, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from types import MappingProxyType, TracebackType
 from typing import Any, Literal, Self
 
 from ..background import Background
-from ..errors import AliasError, ClosedError, SpecError
+from ..errors import AliasError, ClosedError, OffloadError, SpecError
 from ..lifetime import drain
 from ..memory import HostBuffer
 from ..slab import Place, Slab
@@ -22,6 +22,11 @@ from .pinned import Memory
 from .strides import packed_source
 
 __all__ = ["StoredTensors"]
+
+
+def _close_unviewed(buffer: HostBuffer) -> None:
+    with suppress(ClosedError):
+        buffer.close()
 
 
 class StoredTensors:
@@ -356,6 +361,8 @@ class StoredTensors:
         ------
         ClosedError
             Views are alive; the message says how many. The whole store stays open.
+        CudaError, RegistrationError
+            The driver would not take some of the memory back. The store is closed, and that memory stays allocated.
         """
         self._stop()
         drain()
@@ -381,10 +388,10 @@ class StoredTensors:
             self._closed = True
             for region in self._of_unit.values():
                 region.places = None  # which hold the buffers
-            for home in reversed(self._homes):
-                if (buffer := home.take()) is not None:
-                    with suppress(ClosedError):
-                        buffer.close()
+            with ExitStack() as closing:  # all of them, the last one first, whichever refuses
+                for home in self._homes:
+                    if (buffer := home.take()) is not None:
+                        closing.callback(_close_unviewed, buffer)
 
     def __enter__(self) -> Self:
         if self._closed:
@@ -396,7 +403,7 @@ class StoredTensors:
     ) -> None:
         try:
             self.close()
-        except ClosedError as refused:
+        except OffloadError as refused:
             if error is None:
                 raise
             # The exception on its way out matters more; its traceback may well be what holds the views.

@@ -14,19 +14,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from enum import Enum
 from typing import Final
 
 from .. import lifetime
 from ..driver import Driver
 from ..errors import CudaError, SlotError
+from ..rollback import rolled_back
 from ..slab import Slab
 from .slots import Slot
 from .stats import Stopwatch
 from .timeline import Timeline
 
-__all__ = ["Horizon", "Timelines", "dispose"]
+__all__ = ["Horizon", "Timelines", "dispose", "end"]
 
 
 _GRAPH_END_S: Final = 0.1
@@ -72,18 +73,16 @@ class Timelines:
 
     def _captured(self, capture: int, stream: int) -> Timeline:
         """A timeline for a capture that is met for the first time."""
-        with self._driver.relaxed():
-            # What eager work left under way must not meet the graph's first replay.
-            self.eager.drain()
-            # A slot that is leased now is in use around the graph, so it is none of the graph's.
-            slots = [state.slot for state in self.eager.states if not state.leases]
-            timeline = Timeline.make(self._driver, slots, capture=capture)
-        try:
+        with rolled_back() as undo:
+            with self._driver.relaxed():
+                # What eager work left under way must not meet the graph's first replay.
+                self.eager.drain()
+                # A slot that is leased now is in use around the graph, so it is none of the graph's.
+                slots = [state.slot for state in self.eager.states if not state.leases]
+                timeline = Timeline.make(self._driver, slots, capture=capture)
+                undo.append(timeline.close)
             timeline.replayable = self._held(stream)
             timeline.fork(stream)
-        except BaseException:
-            timeline.close()
-            raise
         self._captures[capture] = timeline
         return timeline
 
@@ -146,8 +145,8 @@ class Timelines:
         timeline.steps += 1
         self._steps.append((stream, timeline))
 
-    def end_step(self, stream: int) -> None:
-        """See `SlotRing.end_step`."""
+    def end_step(self, stream: int, *, join: bool = True) -> None:
+        """See `SlotRing.end_step`; without `join` it is as if the step had not begun."""
         if not self._steps:
             return
         # Whoever changed streams in between ends the latest step.
@@ -156,7 +155,7 @@ class Timelines:
         timeline.steps -= 1
         try:
             # A capture that broke, or that was ended before its step, has nothing left to join.
-            if self.shared and self._driver.capture_id(stream) == timeline.capture:
+            if join and self.shared and self._driver.capture_id(stream) == timeline.capture:
                 timeline.join(stream)
         finally:
             if not timeline.steps:
@@ -188,16 +187,20 @@ class Timelines:
 
     def close(self) -> None:
         """Destroy every event and stream."""
-        for timeline in self.all():
-            timeline.close()
+        with ExitStack() as closing:
+            for timeline in self.all():
+                closing.callback(timeline.close)
 
 
 def dispose(driver: Driver, stopwatch: Stopwatch, timelines: Timelines) -> None:
     """End a ring that was dropped: after its copies and readers, destroy events and streams."""
-    with driver.current(), driver.relaxed():
-        try:
-            with suppress(CudaError):  # work that failed has ended, too; `close` is where one hears of it
-                timelines.eager.drain()
-        finally:
-            stopwatch.close()
-            timelines.close()
+    with suppress(CudaError), driver.relaxed():  # work that failed has ended, too; `close` is where one hears of it
+        timelines.eager.drain()
+    end(stopwatch, timelines)
+
+
+def end(stopwatch: Stopwatch, timelines: Timelines) -> None:
+    """Destroy the events and streams of a ring, all of them, whichever the driver refuses."""
+    with ExitStack() as closing:
+        closing.callback(timelines.close)
+        closing.callback(stopwatch.close)

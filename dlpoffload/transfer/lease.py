@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
-from ..errors import SlotError
+from ..errors import CudaError, SlotError
 from ..view import View
 
 if TYPE_CHECKING:
@@ -13,7 +15,7 @@ if TYPE_CHECKING:
     from .slots import SlotState
     from .timeline import Timeline
 
-__all__ = ["Lease", "StreamLike", "stream_handle"]
+__all__ = ["Lease", "StreamLike", "leased", "stream_handle"]
 
 
 class StreamLike(Protocol):
@@ -98,10 +100,13 @@ class Lease:
     def share(self, stream: int | StreamLike) -> Lease:
         """Lease the same slot once more, for another reader of the unit on `stream`."""
         handle = stream_handle(stream)
-        with self._ring._lock, self._ring.driver.current():
+
+        def share() -> Lease:
             self._check()
             self._check_border(handle)
             return Lease(self._ring, self.unit, handle, self._timeline, self._state)
+
+        return leased(self._ring, share)
 
     def release(self) -> None:
         """Mark what is enqueued on the lease's stream so far as the slot's last reader there. Idempotent.
@@ -125,8 +130,26 @@ class Lease:
             elif not timeline.capture:
                 self._check_border(self.stream)
             # else the capture is over, and its work is none of the stream's
-            self._released = True
-            self._count(-1)
+            self._end()
+
+    def abandon(self) -> None:
+        """Release where nobody will do so again: should no last reader be marked, the host waits for the stream.
+
+        Raises nothing. A slot whose readers cannot be waited for either stays leased.
+        """
+        with suppress(CudaError):
+            try:
+                self.release()
+            except CudaError:
+                driver = self._ring.driver
+                with self._ring._lock, driver.current(), driver.relaxed():
+                    driver.stream_synchronize(self.stream)
+                    if not self._released:
+                        self._end()
+
+    def _end(self) -> None:
+        self._released = True
+        self._count(-1)
 
     @property
     def views(self) -> dict[str, View]:
@@ -174,7 +197,7 @@ class Lease:
             self.wait()
             self._given = self.views
         except BaseException:
-            self.release()
+            self.abandon()
             raise
         return self._given
 
@@ -183,4 +206,21 @@ class Lease:
     ) -> None:
         # Else the name after `as` would keep the views, which are good no longer, and a ring from closing.
         self._given.clear()
-        self.release()
+        try:
+            self.release()
+        except CudaError:
+            self.abandon()
+            raise
+
+
+def leased(ring: SlotRing, make: Callable[[], Lease]) -> Lease:
+    """Lease under the ring's lock and in the device's context; given back where leaving that fails."""
+    lease: Lease | None = None
+    try:
+        with ring._lock, ring.driver.current():
+            lease = make()
+    except BaseException:
+        if lease is not None:
+            lease.abandon()
+        raise
+    return lease

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Sequence
 from typing import Final
 
-from ..errors import SlotError
+from ..errors import CudaError, SlotError
 from .capture import Horizon
 from .lease import Lease, StreamLike
 from .ring import SlotRing
@@ -81,13 +81,20 @@ class Prefetcher:
         try:
             lease.wait()
         except BaseException:
-            lease.release()
+            lease.abandon()
             raise
         return lease
 
     def leave(self, lease: Lease) -> None:
-        """Release a unit, and enqueue the copy of the next one behind its last reader."""
-        lease.release()
+        """Release a unit, and enqueue the copy of the next one behind its last reader.
+
+        Should the driver fail, the unit is left all the same, if need be after a wait of the host for its readers.
+        """
+        try:
+            lease.release()
+        except CudaError:
+            lease.abandon()
+            raise
         self.ring.look_ahead(lambda horizon: self._ahead(lease.unit, horizon), stream=lease.stream)
 
     def _learn(self, unit: str) -> None:

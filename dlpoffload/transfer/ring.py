@@ -11,17 +11,19 @@ import itertools
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from types import TracebackType
 from typing import Literal
 
 from ..driver import Driver, open_driver
 from ..errors import ClosedError, SlotError, SpecError
 from ..memory import DeviceBuffer
+from ..rollback import rolled_back
 from ..slab import Slab
 from ..spec import ALIGNMENT, aligned, format_nbytes
-from .capture import Horizon, Timelines, dispose
+from .capture import Horizon, Timelines, dispose, end
 from .inherited import at_the_end
-from .lease import Lease, StreamLike, stream_handle
+from .lease import Lease, StreamLike, leased, stream_handle
 from .slots import Slot, SlotState, check_device, close_slots, make_slots, no_free_slot
 from .stats import Stopwatch, TransferStats
 from .timeline import Timeline
@@ -87,14 +89,13 @@ class SlotRing:
         self._lock = threading.RLock()
         self._uses = itertools.count(1)
         self._closed = False
-        self.slots = make_slots(slots, self.slot_nbytes, self.driver.device, allocate)
-        try:
+        with rolled_back() as undo:
+            self.slots = make_slots(slots, self.slot_nbytes, self.driver.device, allocate)
+            undo.append(partial(close_slots, self.slots))
             with self.driver.current():
                 self._stopwatch = Stopwatch(self.driver)
                 self._timelines = Timelines(self.driver, self.slots, self.slabs)
-        except BaseException:
-            close_slots(self.slots)
-            raise
+                undo.append(self._timelines.close)
         # Dropped without close: the timelines keep the slots until their copies and readers have ended.
         self._dispose = at_the_end(self, dispose, self.driver, self._stopwatch, self._timelines)
 
@@ -132,9 +133,12 @@ class SlotRing:
             The unit is unknown, or every slot is leased and the ring was made with ``when_full="error"``.
         """
         handle = stream_handle(stream)
-        with self._lock, self.driver.current():
+
+        def prefetch() -> Lease:
             slab = self._slab(unit)
             return self._prefetch(self._timelines.entering(handle), handle, unit, slab, keep, foreseen)
+
+        return leased(self, prefetch)
 
     def enter(self, unit: str, expected: Expected, *, stream: int | StreamLike = 0) -> Lease:
         """Prefetch a unit that nobody foresaw unless a slot holds it, then look ahead: both in one go.
@@ -142,7 +146,8 @@ class SlotRing:
         `expected` gives the units that follow it, as far as the horizon allows.
         """
         handle = stream_handle(stream)
-        with self._lock, self.driver.current():
+
+        def enter() -> Lease:
             slab = self._slab(unit)
             timeline = self._timelines.entering(handle)
             ahead = expected(self._timelines.horizon_of(timeline))
@@ -150,9 +155,11 @@ class SlotRing:
             try:
                 self._look_ahead(timeline, ahead[: len(self.slots) - 1])
             except BaseException:
-                lease.release()
+                lease.abandon()
                 raise
             return lease
+
+        return leased(self, enter)
 
     def _prefetch(
         self, timeline: Timeline, stream: int, unit: str, slab: Slab, keep: Sequence[str], foreseen: bool
@@ -180,9 +187,12 @@ class SlotRing:
         is enqueued on `stream` until `Lease.release`.
         """
         handle = stream_handle(stream)
-        with self._lock, self.driver.current():
+
+        def lease() -> Lease:
             self._slab(unit)
             return Lease(self, unit, handle, self._timelines.entering(handle), None)
+
+        return leased(self, lease)
 
     def look_ahead(self, units: Sequence[str] | Expected, *, stream: int | StreamLike = 0) -> None:
         """Prefetch units that are needed next, in this order, into slots that are free; leases nothing.
@@ -218,21 +228,8 @@ class SlotRing:
         return slab
 
     def _copy(self, timeline: Timeline, state: SlotState, unit: str, slab: Slab) -> None:
-        driver, copy_stream = self.driver, timeline.copy_stream
         copies = slab.copies()  # first: a file that was written to is refused before anything is enqueued
-        state.holds = None  # should a call below fail, the slot holds nothing
-        for event in state.readers.values():
-            driver.stream_wait_event(copy_stream, event)
-        for event in timeline.written.get(unit, {}).values():
-            driver.stream_wait_event(copy_stream, event)
-        with self._timed(timeline, copy_stream, slab.nbytes):
-            for start, host_pointer, nbytes in copies:
-                driver.copy_async(state.slot.device_pointer + start, host_pointer, nbytes, copy_stream)
-        driver.event_record(state.ready, copy_stream)
-        if timeline.capture:
-            timeline.copied[unit] = None
-        timeline.events.recycle(state.readers)
-        state.holds = unit
+        timeline.copy(state, unit, copies, self._timed(timeline, timeline.copy_stream, slab.nbytes))
         state.last_use = next(self._uses)
         self.stats.copies += 1
         self.stats.copied_nbytes += sum([copy.nbytes for copy in copies])
@@ -250,9 +247,10 @@ class SlotRing:
         their look-ahead.
         """
         handle = stream_handle(stream)
-        with self._lock, self.driver.current():
+        with self._lock, rolled_back() as undo, self.driver.current():
             self._check_open()
             self._timelines.begin_step(handle)
+            undo.append(lambda: self._timelines.end_step(handle, join=False))
 
     def end_step(self, *, stream: int | StreamLike = 0) -> None:
         """Say that a step ends on `stream`.
@@ -379,8 +377,9 @@ class SlotRing:
             self._timelines.eager.drain()
             self._stopwatch.read(self.stats)
             self._closed = True
+            self._dispose.detach()
             try:
-                self._dispose()
+                end(self._stopwatch, self._timelines)
             finally:
                 close_slots(self.slots)
 

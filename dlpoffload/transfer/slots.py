@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 from ..driver import Driver
 from ..errors import SlotError
 from ..memory import DeviceBuffer
+from ..rollback import rolled_back
 from ..spec import format_nbytes
 
 __all__ = ["EventPool", "Slot", "SlotState", "check_device", "close_slots", "make_slots", "no_free_slot"]
@@ -49,8 +51,9 @@ class EventPool:
     def close(self) -> None:
         """Destroy every event of the pool."""
         self.free.clear()
-        while self.made:
-            self.driver.event_destroy(self.made.pop())
+        with ExitStack() as closing:  # all of them, whichever the driver refuses
+            while self.made:
+                closing.callback(self.driver.event_destroy, self.made.pop())
 
 
 @dataclass(eq=False, slots=True)
@@ -103,7 +106,8 @@ def make_slots(
 ) -> list[Slot]:
     """Allocate slots of `nbytes` each. After an error none stays allocated."""
     slots: list[Slot] = []
-    try:
+    with rolled_back() as undo:
+        undo.append(lambda: close_slots(slots))
         for index in range(count):
             made = DeviceBuffer.allocate(nbytes, device=device) if allocate is None else allocate(nbytes)
             slots.append(Slot(index, made))
@@ -113,16 +117,14 @@ def make_slots(
                     f"slot {index} was allocated with {format_nbytes(made.nbytes)}, but the largest unit needs "
                     f"{format_nbytes(nbytes)}"
                 )
-    except BaseException:
-        close_slots(slots)
-        raise
     return slots
 
 
 def close_slots(slots: Sequence[Slot]) -> None:
-    """Free them, the last one first."""
-    for slot in reversed(slots):
-        slot.buffer.close()
+    """Free all of them, the last one first, whichever the driver refuses."""
+    with ExitStack() as closing:
+        for slot in slots:
+            closing.callback(slot.buffer.close)
 
 
 def no_free_slot(unit: str, slots: Sequence[Slot], slot_nbytes: int, when_full: str) -> SlotError:

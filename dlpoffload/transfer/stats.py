@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -111,8 +111,10 @@ class Stopwatch:
             if not self.driver.event_query(end):
                 return
             self.pending.popleft()
-            milliseconds = self.driver.event_elapsed_ms(start, end)
-            self.free += (start, end)
+            try:
+                milliseconds = self.driver.event_elapsed_ms(start, end)
+            finally:
+                self.free += (start, end)
             if nbytes is not None:
                 stats.timed_copies += 1
                 stats.timed_nbytes += nbytes
@@ -128,6 +130,6 @@ class Stopwatch:
         for start, end, _ in self.pending:
             self.free += (start, end)
         self.pending.clear()
-        for event in self.free:
-            self.driver.event_destroy(event)
-        self.free.clear()
+        with ExitStack() as closing:  # all of them, whichever the driver refuses
+            while self.free:
+                closing.callback(self.driver.event_destroy, self.free.pop())

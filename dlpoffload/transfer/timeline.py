@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from itertools import chain
 
 from ..driver import Driver
 from ..errors import CudaError
 from ..lifetime import Owner
+from ..rollback import rolled_back
+from ..slab import Copy
 from .slots import EventPool, Slot, SlotState
 
 __all__ = ["Timeline"]
@@ -63,13 +65,11 @@ class Timeline:
     def make(cls, driver: Driver, slots: Sequence[Slot], *, capture: int = 0) -> Timeline:
         """Make one over empty slots, with events and a copy stream of its own."""
         events = EventPool(driver)
-        try:
+        with rolled_back() as undo:
+            undo.append(events.close)
             states = [SlotState(slot, ready=events.event()) for slot in slots]
             border = events.event()
             return cls(events, driver.stream_create(), border, states, capture)
-        except BaseException:
-            events.close()
-            raise
 
     def __str__(self) -> str:
         copied = list(self.copied)
@@ -120,6 +120,23 @@ class Timeline:
                 if reader != stream:
                     driver.stream_wait_event(stream, event)
 
+    def copy(self, state: SlotState, unit: str, copies: Sequence[Copy], timed: AbstractContextManager[None]) -> None:
+        """Enqueue the copies of a unit into a slot, behind its last readers and the writes of the host bytes."""
+        driver = self.events.driver
+        state.holds = None  # should a call below fail, the slot holds nothing
+        for event in state.readers.values():
+            driver.stream_wait_event(self.copy_stream, event)
+        for event in self.written.get(unit, {}).values():
+            driver.stream_wait_event(self.copy_stream, event)
+        with timed:
+            for start, host_pointer, nbytes in copies:
+                driver.copy_async(state.slot.device_pointer + start, host_pointer, nbytes, self.copy_stream)
+        driver.event_record(state.ready, self.copy_stream)
+        if self.capture:
+            self.copied[unit] = None
+        self.events.recycle(state.readers)
+        state.holds = unit
+
     def drain(self) -> None:
         """Block until no copy is under way, nor a reader of a slot or of mapped bytes, nor a write of host bytes.
 
@@ -154,6 +171,7 @@ class Timeline:
     # --------------------------------------------------------------------------------------------- end
     def close(self) -> None:
         """Destroy every event and the stream."""
-        self.pause.close()
-        self.events.close()
-        self.events.driver.stream_destroy(self.copy_stream)
+        with ExitStack() as closing:
+            closing.callback(self.events.driver.stream_destroy, self.copy_stream)
+            closing.callback(self.events.close)
+            closing.callback(self.pause.close)

@@ -558,11 +558,11 @@ def test_the_names_and_numbers_are_those_of_the_installed_bindings() -> None:
     for kind in ("CUdevice_attribute", "CUpointer_attribute"):
         for name, value in vars(getattr(FakeCuda, kind)).items():
             assert getattr(getattr(real, kind), name) == value
-    from dlpoffload.driver.refusals import CODES
+    from dlpoffload.driver.refusals import CODES, HINTS
 
     for name, code in CODES.items():
         assert getattr(real.CUresult, name) == code
-    for name in cuda._HINTS:
+    for name in HINTS:
         assert hasattr(real.CUresult, name)
     for prefix in ("CU_MEMHOSTALLOC", "CU_MEMHOSTREGISTER"):
         assert getattr(real, f"{prefix}_PORTABLE") == cuda._PORTABLE

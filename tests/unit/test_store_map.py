@@ -399,7 +399,7 @@ def test_what_stays_registered_is_not_unmapped(
         for registration in [r for r in registrations.registrations.ranges if r.driver is driver]:
             registration.count = 1
             registrations.registrations.release([registration])
-    registrations.stuck.clear()
+    lifetime._kept.pop().release()
 
 
 def test_what_the_consumer_wants_otherwise(file: tuple[Path, dict[str, Any]]) -> None:

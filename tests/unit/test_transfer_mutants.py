@@ -119,7 +119,7 @@ def missed_by(package: ModuleType) -> tuple[Scenario, int] | None:
 
 def test_there_are_waits_in_every_part() -> None:
     parts = {site.label.partition(":")[0] for site in sites(*WAITS)}
-    assert {"ring._copy", "lease.wait", "timeline.fork", "timeline.join", "timeline.drain", "link._rate"} <= parts
+    assert {"timeline.copy", "lease.wait", "timeline.fork", "timeline.join", "timeline.drain", "link._rate"} <= parts
     assert len(sites(*WAITS)) >= 12
 
 

@@ -462,6 +462,38 @@ def closed_with_work_pending(transfer: ModuleType, seed: int) -> None:
 
 
 @_scenario(EAGER)
+def last_readers_that_cannot_be_marked(transfer: ModuleType, seed: int) -> None:
+    """A block that is left by an error of the driver has given its slot back, and its readers are done with it."""
+
+    class Faulty(GraphDriver):
+        fails = 0
+
+        def event_record(self, event: int, stream: int) -> None:
+            if self.fails:
+                self.fails -= 1
+                raise CudaError("cuEventRecord", 999, "CUDA_ERROR_UNKNOWN")
+            super().event_record(event, stream)
+
+    driver = Faulty(adversary=seed)
+    with installed(driver):
+        bench = Workbench(transfer, driver, seed, slots=1, when_full="error")
+        bench.ring._stopwatch.limit = 0
+        for index, unit in enumerate(bench.names):
+            stream = bench.streams[index % 2]
+            lease = bench.ring.prefetch(unit, stream=stream)
+            with suppress(CudaError), lease:
+                bench.read(lease)
+                driver.fails = 2  # it is tried once more
+            assert not driver.fails
+            with (lease := bench.ring.prefetch(bench.names[index - 1], stream=bench.streams[2])):
+                bench.read(lease)
+            driver.stream_synchronize(bench.streams[2])  # and of the other stream nothing that nobody waits for
+        bench.check()
+        bench.ring.close()
+        bench.store.close()
+
+
+@_scenario(EAGER)
 def dropped_with_work_pending(transfer: ModuleType, seed: int) -> None:
     with workbench(transfer, seed, slots=2, borrowed=True) as bench:
         ring = Workbench(transfer, bench.driver, seed + 1, units=3, borrowed=True)
