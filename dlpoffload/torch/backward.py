@@ -55,7 +55,7 @@ class _Pass:
 
     def __del__(self) -> None:
         for held in self.held.values():
-            held.lease.release()
+            held.lease.abandon()
 
 
 class BackwardStager:
@@ -137,6 +137,8 @@ class BackwardStager:
             with ring.driver.current():
                 for start, source, nbytes in copies:
                     ring.driver.copy_async(target + start, source, nbytes, stream)
-        finally:
             lease.release()
+        except BaseException:
+            lease.abandon()
+            raise
         return saved.inside(flat, shift)

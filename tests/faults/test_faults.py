@@ -20,7 +20,7 @@ import dlpoffload
 
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parent.parent / "docs" / "reliability.md"
-GROUPS = 8
+GROUPS = 12
 LOADING = """
 import os
 from pathlib import Path
