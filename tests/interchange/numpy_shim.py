@@ -95,6 +95,7 @@ class _Shim(ModuleType):
         self._kind = kind
         self.ndarray = kind
         self.__path__ = numpy.__path__
+        self.loading = True
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(numpy, name)
@@ -103,6 +104,8 @@ class _Shim(ModuleType):
 
         def made(*arguments: Any, **more: Any) -> Any:
             plain = found(*arguments, **more)
+            if self.loading:  # parameters of the suite, which live as long as the session and are copied in its tests
+                return plain.view(self._kind)
             # A copy owns its memory; what views of a view keep alive is its base.
             return _pinned(plain) if self._kind is Pinned else plain.view(self._kind).copy("K")
 
@@ -134,7 +137,8 @@ def load(path: Path, kind: str) -> ModuleType:
     """The suite as a module of its own, over arrays of ours."""
     module = ModuleType(f"numpy_suite_{kind}")
     module.__file__ = str(path)
-    shims = {"numpy": _Shim(KINDS[kind]), "sys": _Counts("sys")}
+    shim = _Shim(KINDS[kind])
+    shims = {"numpy": shim, "sys": _Counts("sys")}
     code = compile(path.read_text(), str(path), "exec")
     real = {name: sys.modules[name] for name in shims}
     importlib.import_module("numpy.testing")
@@ -148,6 +152,7 @@ def load(path: Path, kind: str) -> ModuleType:
         for _, function in inspect.getmembers(suite, inspect.isfunction):
             if marks := getattr(function, "pytestmark", None):
                 function.pytestmark = [_listed(mark) for mark in marks]
+    shim.loading = False
     return module
 
 
