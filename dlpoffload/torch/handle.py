@@ -309,9 +309,9 @@ class OffloadHandle:
         After any error everything is as it was.
         """
         with self._lock, torch.inference_mode(False), torch.no_grad():
-            self._open()
+            former = self._open()
             if self._awake is None:
-                awake = self._plan
+                awake = self._offloading.current(self.module, self._plan, pinned=former.pinned)
                 self._change(awake.asleep(), asleep=True)
                 self._awake = awake
 
@@ -324,9 +324,9 @@ class OffloadHandle:
             The device has no room: free some, or `resize_` first. The module still sleeps.
         """
         with self._lock, torch.inference_mode(False), torch.no_grad():
-            self._open()
+            former = self._open()
             if self._awake is not None:
-                self._change(self._awake)
+                self._change(self._offloading.current(self.module, self._awake, pinned=former.pinned))
                 self._awake = None
 
     def _change(self, decided: Plan, *, asleep: bool = False) -> None:
@@ -341,7 +341,7 @@ class OffloadHandle:
             # What had not moved yet is at home still: this takes no more than before, once what is new is let go of.
             traceback.clear_frames(error.__traceback__)
             drain()
-            placed = self._offloading.move(former, former.plan, back=True)
+            placed = self._offloading.move_back(former, asleep=self.asleep)
             self._install(placed, asleep=self.asleep)
             self._restored = False
             raise

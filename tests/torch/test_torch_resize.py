@@ -259,6 +259,67 @@ def test_memory_that_is_refused_changes_nothing(
     check(module, reference, device)
 
 
+def _append(module: nn.Module) -> None:
+    torch.manual_seed(9)
+    device = next(iter(module.parameters())).device
+    module.layers.append(copy.deepcopy(Tower(1, 48).layers[0]).to(device))
+
+
+def _remove(module: nn.Module) -> None:
+    del module.layers[2]
+
+
+def _double(module: nn.Module) -> None:
+    module.load_state_dict({name: value.double() for name, value in module.state_dict().items()}, assign=True)
+
+
+@pytest.mark.parametrize("when", ["before", "asleep"])
+@pytest.mark.parametrize("become", [_append, _remove, _double])
+def test_a_module_that_became_another_sleeps_and_wakes(
+    become: Callable[[nn.Module], None], when: str, device: str
+) -> None:
+    module, reference, handle = tower(device, "200KiB")
+    become(reference)
+    if when == "before":
+        become(module)
+    handle.sleep()
+    if when == "asleep":
+        become(module)
+    handle.wake()
+    assert set(handle.plan.specs) == {name for name, _ in reference.named_parameters()}
+    x = vector(0, device).to(next(reference.parameters()).dtype)
+    with torch.no_grad():
+        assert same(module(x), reference(x))
+    assert handle.report(link=False).stats.copies > 0
+
+
+@pytest.mark.parametrize("at", range(6))
+def test_a_module_that_became_another_is_callable_after_refused_memory(
+    at: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, reference, handle = tower(device, "200KiB")
+    for each in (module, reference):
+        _append(each)
+    real, left = placed_module.from_dlpack, at
+
+    def refusing(*args: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left == -1:
+            raise MemoryError("refused")
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(placed_module, "from_dlpack", refusing)
+        with pytest.raises(MemoryError):
+            handle.sleep()
+    assert not handle.asleep
+    check(module, reference, device)
+    handle.sleep()
+    handle.wake()
+    check(module, reference, device)
+
+
 def test_backward_after_a_sleep_is_refused_or_right(device: str) -> None:
     module, reference, handle = tower(device)
     module.requires_grad_(False)
