@@ -9,6 +9,7 @@ costs one copy more.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar, NoReturn, cast
@@ -33,6 +34,7 @@ __all__ = [
     "written_as_data",
 ]
 
+_NEW_PARAMETER = nn.Parameter.__new__.__code__
 _DATA = cast(Any, torch._C.TensorBase).data
 _READ = "_dlpoffload_read"
 _GIVEN = "_dlpoffload_given"
@@ -69,6 +71,13 @@ class _Watched:
         self.__dict__[_READ] = True
         _DATA.__set__(self, value)
 
+    def detach(self) -> torch.Tensor:
+        """As ever; but where `nn.Parameter` makes one of this tensor it asks for the tensor's own class."""
+        made: torch.Tensor = super().detach()  # type: ignore[misc]
+        if not torch.compiler.is_compiling() and sys._getframe(1).f_code is _NEW_PARAMETER:
+            made.__class__ = type(self)
+        return made
+
     def share_memory_(self) -> NoReturn:
         """Refuse: torch would copy the bytes into memory of its own, and this tensor would be offloaded no more."""
         raise OffloadError("an offloaded tensor cannot be moved to shared memory; restore_() the module first")
@@ -102,8 +111,7 @@ def watched_class(kind: type) -> type:
 
 def watch(tensor: torch.Tensor) -> None:
     """Exchange a tensor's class. Only plain tensors and Parameters (and subclasses without a layout of their own)."""
-    kind = type(tensor)
-    tensor.__dict__[_FORMER] = kind
+    tensor.__dict__[_FORMER] = kind = former_class(tensor)
     tensor.__class__ = watched_class(kind)
 
 
@@ -123,8 +131,11 @@ def unwatch(tensor: torch.Tensor) -> None:
 
 
 def former_class(tensor: torch.Tensor) -> type:
-    """The class that a tensor had before it was watched."""
-    return cast(type, tensor.__dict__.get(_FORMER, type(tensor)))
+    """The class that a tensor had before it was watched, or that what it was made of had (``type(weight)(new)``)."""
+    kind = cast(type, tensor.__dict__.get(_FORMER, type(tensor)))
+    while issubclass(kind, _Watched):
+        kind = cast(type, kind.__bases__[-1])
+    return kind
 
 
 def attributes_of(tensor: torch.Tensor) -> dict[str, Any]:

@@ -411,6 +411,41 @@ def test_ties_made_and_broken(device: str) -> None:
     assert bool((module.layers[1].up.weight == 1).all())
 
 
+def _wrapped(weight: Tensor) -> Tensor:
+    return nn.Parameter(weight, requires_grad=False)
+
+
+def _of_its_class(weight: Tensor) -> Tensor:
+    return type(weight)(weight.detach() * 2, requires_grad=False)
+
+
+@pytest.mark.parametrize("make", [_wrapped, _of_its_class], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("policy", [all_staged, all_mapped], ids=lambda policy: policy.__name__)
+def test_parameters_made_of_an_offloaded_one(make: Callable[[Tensor], Tensor], policy: Any, device: str) -> None:
+    options = {"policy": policy, "units": LAYERS if policy is all_staged else None}
+    tower, reference, handle = pair(device, **options)
+    for each in (tower, reference):
+        each.layers[3].a.weight = make(each.layers[1].a.weight)
+        assert isinstance(each.layers[3].a.weight, nn.Parameter)
+        assert not each.layers[3].a.weight.requires_grad
+        assert type(each.layers[1].a.weight.detach()) is Tensor
+    aliases = tower.layers[3].a.weight.data_ptr() == tower.layers[1].a.weight.data_ptr()
+    assert aliases == (make is _wrapped)
+    check(tower, reference, device)
+    for step in ("before", "after"):
+        with torch.no_grad():
+            for each in (tower, reference):
+                each.layers[3].a.weight.mul_(1.5)
+                each.layers[1].a.weight.sub_(0.125)
+        check(tower, reference, device)
+        if step == "before":
+            handle.refresh_()
+            assert ("layers.3.a.weight" in handle.plan.specs) == (make is not _wrapped)
+    check(copy.deepcopy(tower), reference, device)
+    handle.restore_()
+    assert {type(parameter) for parameter in tower.parameters()} == {nn.Parameter}
+
+
 def test_repacked_weights_of_another_dtype(device: str) -> None:
     """A step after loading that makes int8 of float and adds scales, as serving stacks do."""
 
