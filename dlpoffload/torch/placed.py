@@ -173,7 +173,7 @@ class Placed:
             self._move(entry, empty_bytes(entry.spec.nbytes, self.device))
             return
         assert self.store is not None
-        homes = self._homes_of(entry)
+        homes = self.homes(entry.name)
         if _places(entry) != [place_of(home) for home in homes]:
             host = from_dlpack(self.store.host_view(entry.name).view((entry.spec.nbytes,), "uint8"))
             for member in entry.members:
@@ -184,7 +184,9 @@ class Placed:
         for member, home in zip(entry.members, homes, strict=True):
             self._point(member, home)
 
-    def _homes_of(self, entry: Entry) -> list[torch.Tensor]:
+    def homes(self, name: str) -> list[torch.Tensor]:
+        """Views of the host bytes of an entry, one for each of its members."""
+        entry = self.entries[name]
         view = self._home_view(entry)
         return [home_tensor(view, member) for member in entry.members]
 
@@ -263,7 +265,7 @@ class Placed:
             when_full="map" if self._unit_of.keys() & set(self.store.unaligned) else "map_read_only",
             allocate=allocate,
         )
-        self.stager = Stager(Prefetcher(ring), slots, self.device, partial(copied_out, self))
+        self.stager = Stager(Prefetcher(ring), slots, self.device, self.homes, partial(copied_out, self))
         self._named = {path: real_of(module) for path, module in self.module.named_modules()}
         for unit in units:
             self.stager.add(self._unit(unit.name, unit.tensors))

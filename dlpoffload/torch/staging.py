@@ -8,24 +8,26 @@ from __future__ import annotations
 
 import gc
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import AliasError, OffloadError, SlotError
 from ..transfer import Lease, Prefetcher
 from .backward import BackwardStager
 from .compiling import border, uncompiled
-from .gradients import guard_outputs
-from .guarded import expose, is_guarded
+from .gradients import guard_outputs, refuse_gradients
+from .guarded import expose
 from .moved import CopiedOut, move_out, move_written
 from .outputs import detached_from
 from .saved import saved_outside
 from .tensors import current_stream, host_copy_of, place_of, tensor_in
 from .tree import Member
 from .units import Data, StagedMember, StagedUnit, home_tensor
-from .watched import exchange_data, plain_data, was_read
+from .watched import exchange_data, plain_data, rewatch, was_read
 from .wrapped import WrappedForward
 
 __all__ = ["StagedForward", "Stager"]
@@ -71,7 +73,14 @@ class StagedForward(WrappedForward):
 class Stager:
     """Enters and leaves units. One for each offloaded module."""
 
-    def __init__(self, prefetcher: Prefetcher, slots: list[torch.Tensor], device: torch.device, out: CopiedOut) -> None:
+    def __init__(
+        self,
+        prefetcher: Prefetcher,
+        slots: list[torch.Tensor],
+        device: torch.device,
+        homes: Callable[[str], list[torch.Tensor]],
+        out: CopiedOut,
+    ) -> None:
         self.prefetcher = prefetcher
         self.ring = prefetcher.ring
         self.device = device
@@ -79,9 +88,11 @@ class Stager:
         self._storages = [slot.untyped_storage() for slot in slots]
         self.backward = BackwardStager(self.ring, slots, device)
         self.aliased_outputs = 0
+        self.homes = homes
         self.copied_out = out
         self.units: dict[str, StagedUnit] = {}
         self.adopted: list[str] = []
+        self._hooks: list[RemovableHandle] = []
         self._unit_of: dict[str, StagedUnit] = {}
         self.lock = threading.RLock()
 
@@ -179,6 +190,8 @@ class Stager:
             restored = self.ring.closed  # and this is a backward that comes late
             if unit.active or (not restored and unit.untouched(unit.homes)):
                 return
+            if not restored:
+                self._watch_again(unit)
             foreign = [staged for staged in unit.members if not staged.at_home and not restored]
             if foreign:
                 self._adopt(unit, [(staged, plain_data(staged.tensor)) for staged in foreign])
@@ -199,6 +212,7 @@ class Stager:
         if unit.untouched(data):
             unit.point(unit.homes)
             return
+        self._watch_again(unit)
         written: list[StagedMember] = []
         foreign: list[tuple[StagedMember, torch.Tensor]] = []
         for staged, place in zip(unit.members, data.places, strict=True):
@@ -210,7 +224,7 @@ class Stager:
                 written.append(staged)
             elif was_read(staged.tensor) or staged.written_unseen:
                 written.append(staged)
-            exchange_data(staged.tensor, staged.home, forget=True)
+            exchange_data(staged.tensor, self._home(unit, staged), forget=True)
         driver = self.ring.driver
         if written:
             lease.wait_for_readers()  # who wrote may have left already, on another stream
@@ -225,6 +239,21 @@ class Stager:
             self.ring.changed_on_stream(unit.name, stream=lease.stream, valid=lease.slot)
         if foreign:
             self._adopt(unit, foreign)
+
+    def _watch_again(self, unit: StagedUnit) -> None:
+        for staged in unit.members:
+            if rewatch(staged.tensor):
+                name, tensor = staged.member.of_module
+                self._hooks += refuse_gradients([(name, tensor)])
+                tensor._backward_hooks = tensor._backward_hooks  # swap_tensors left torch's half with the other one
+
+    def _home(self, unit: StagedUnit, staged: StagedMember) -> torch.Tensor:
+        """A member's home; made anew where somebody moved its memory (``share_memory_`` of what `state_dict` gave)."""
+        if place_of(staged.home) != staged.home_place:
+            mine = [other for other in unit.members if other.entry == staged.entry]
+            for other, home in zip(mine, self.homes(staged.entry), strict=True):
+                unit.give_home(other, home)
+        return staged.home
 
     # --------------------------------------------------------------------------------------- writes
     def _adopt(self, unit: StagedUnit, foreign: list[tuple[StagedMember, torch.Tensor]]) -> None:
@@ -251,7 +280,7 @@ class Stager:
                         "now has others; restore_() the module before untying them"
                     )
         for staged, tensor in foreign:
-            exchange_data(staged.tensor, staged.home)
+            exchange_data(staged.tensor, self._home(unit, staged))
             self._write(unit, staged, tensor)
             if staged.member.name not in self.adopted:
                 self.adopted.append(staged.member.name)
@@ -266,7 +295,7 @@ class Stager:
 
     def _write(self, unit: StagedUnit, staged: StagedMember, tensor: torch.Tensor) -> None:
         source = host_copy_of(tensor)
-        if is_guarded(staged.tensor):
+        if any(tensor is staged.tensor for tensor in unit.read_only):
             move_out(self, unit, staged.entry, current_stream(self.device))
         self.ring.driver.stream_synchronize(current_stream(self.device))
         self.ring.before_host_write(unit.name)
@@ -309,6 +338,8 @@ class Stager:
             self.check_closable()
             self.backward.abandon()
             self.ring.close()
+            while self._hooks:
+                self._hooks.pop().remove()
             for unit in self.units.values():
                 unit.release()
             self.units.clear()

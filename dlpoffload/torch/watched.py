@@ -27,6 +27,7 @@ __all__ = [
     "is_noted",
     "is_watched",
     "plain_data",
+    "rewatch",
     "unwatch",
     "was_read",
     "watch",
@@ -75,7 +76,7 @@ class _Watched:
         """As ever; but where `nn.Parameter` makes one of this tensor it asks for the tensor's own class."""
         made: torch.Tensor = super().detach()  # type: ignore[misc]
         if not torch.compiler.is_compiling() and sys._getframe(1).f_code is _NEW_PARAMETER:
-            made.__class__ = type(self)
+            made.__class__ = cast(Any, type(self))
         return made
 
     def share_memory_(self) -> NoReturn:
@@ -120,6 +121,18 @@ def is_watched(tensor: torch.Tensor) -> bool:
     return _FORMER in tensor.__dict__
 
 
+def rewatch(tensor: torch.Tensor) -> bool:
+    """Watch a tensor again that somebody gave another class (`torch.utils.swap_tensors`): whether that was so.
+
+    What happened to its bytes until now nobody saw, so it counts as read.
+    """
+    if is_watched(tensor):
+        return False
+    watch(tensor)
+    tensor.__dict__[_READ] = True
+    return True
+
+
 def unwatch(tensor: torch.Tensor) -> None:
     """Give a tensor its class back. Idempotent."""
     kind = tensor.__dict__.pop(_FORMER, None)
@@ -134,7 +147,7 @@ def former_class(tensor: torch.Tensor) -> type:
     """The class that a tensor had before it was watched, or that what it was made of had (``type(weight)(new)``)."""
     kind = cast(type, tensor.__dict__.get(_FORMER, type(tensor)))
     while issubclass(kind, _Watched):
-        kind = cast(type, kind.__bases__[-1])
+        kind = kind.__bases__[-1]
     return kind
 
 
@@ -144,9 +157,9 @@ def attributes_of(tensor: torch.Tensor) -> dict[str, Any]:
 
 
 def is_noted(tensor: torch.Tensor) -> bool:
-    """Whether ``.data`` was read or set, now or before: whether the two below are worth asking."""
+    """Whether ``.data`` was read or set, now or before, or the tensor is watched no more: whether to look closer."""
     notes = tensor.__dict__
-    return _READ in notes or _GIVEN in notes
+    return _READ in notes or _GIVEN in notes or _FORMER not in notes
 
 
 def was_read(tensor: torch.Tensor) -> bool:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from models import Normalised, Tower, assert_same, case_of, distinct_nbytes, run
 from torch import Tensor, nn  # noqa: E402
 from torch.func import functional_call  # noqa: E402
 
-from dlpoffload.errors import AliasError, ClosedError, OffloadError, SlotError, SpecError  # noqa: E402
+from dlpoffload.errors import AliasError, ClosedError, GradientError, OffloadError, SlotError, SpecError  # noqa: E402
 from dlpoffload.planning import Placement, all_mapped, all_staged, pattern_policy  # noqa: E402
 from dlpoffload.torch import OffloadHandle, offload_  # noqa: E402
 
@@ -35,6 +36,8 @@ def placed(
     reference = copy.deepcopy(tower).to(device)
     if placement != "mapped":
         options["units"] = ["layers.*"]
+    if placement == "staged":
+        options.setdefault("slots", 4)  # one for each unit, so that what is not invalidated is used again
     handle = offload_(tower, "64MiB", device=device, policy=PLACEMENTS[placement], **options)
     with torch.no_grad():
         assert same(tower(vector(0, device)), reference(vector(0, device)))
@@ -423,6 +426,125 @@ def test_data_replaced_and_updated_or_restored_at_once(placement: str, device: s
         linear(module).bias.data = torch.full((64,), 3.0, device=device)
     handle.restore_()
     check(tower.cpu(), reference.cpu(), "cpu")
+
+
+@contextlib.contextmanager
+def swapping() -> Iterator[None]:
+    """torch's own switch: load_state_dict swaps tensors instead of copying into them."""
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        yield
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+def _swap_in_new(module: nn.Module) -> None:
+    weight = linear(module).weight
+    torch.utils.swap_tensors(weight, nn.Parameter(torch.ones_like(weight), requires_grad=weight.requires_grad))
+
+
+def _swap_in_alias(module: nn.Module) -> None:
+    weight = linear(module).weight
+    torch.utils.swap_tensors(weight, nn.Parameter(weight.detach(), requires_grad=weight.requires_grad))
+
+
+def _load_by_swapping(module: nn.Module) -> None:
+    with swapping():
+        module.load_state_dict({name: tensor * 0.5 for name, tensor in module.state_dict().items()})
+
+
+def _assign_by_swapping(module: nn.Module) -> None:
+    with swapping():
+        module.load_state_dict({name: tensor * 0.5 for name, tensor in module.state_dict().items()}, assign=True)
+
+
+SWAPS = [_swap_in_new, _swap_in_alias, _load_by_swapping, _assign_by_swapping]
+
+
+@pytest.mark.parametrize("swap", SWAPS, ids=lambda swap: swap.__name__.strip("_"))
+@pytest.mark.parametrize("used_between", [True, False])
+@everywhere
+def test_swapped_tensors_are_watched_as_before(
+    placement: str, used_between: bool, swap: Callable[[nn.Module], None], device: str
+) -> None:
+    tower, reference, handle = placed(placement, device)
+    for module in (tower, reference):
+        swap(module)
+    for write in (1.5, -0.5):
+        if used_between:
+            check(tower, reference, device)
+        for module in (tower, reference):
+            linear(module).weight.data.mul_(write)
+    check(tower, reference, device)
+    held = [linear(module).weight.data for module in (tower, reference)]
+    check(tower, reference, device)
+    for alias in held:
+        alias.add_(1)
+    check(tower, reference, device)
+    if placement == "staged":
+        with pytest.raises(GradientError, match=r"layers\.2\.a\.weight"):
+            nn.functional.linear(vector(0, device), linear(tower).weight).sum().backward()
+    handle.restore_()
+    assert {type(parameter) for parameter in tower.parameters()} == {nn.Parameter}
+    check(tower.cpu(), reference.cpu(), "cpu")
+
+
+def test_swapped_inside_of_a_forward(device: str) -> None:
+    tower, reference, _handle = placed("staged", device)
+    for module in (tower, reference):
+
+        def swap(inside: nn.Module, inputs: Any) -> None:
+            new = nn.Parameter(torch.full_like(inside.weight, 0.25), requires_grad=inside.weight.requires_grad)
+            torch.utils.swap_tensors(inside.weight, new)
+
+        hook = linear(module).register_forward_pre_hook(swap)
+        with torch.no_grad():
+            module(vector(0, device))
+        hook.remove()
+    check(tower, reference, device)
+    for module in (tower, reference):
+        linear(module).weight.data.mul_(3)
+    check(tower, reference, device)
+
+
+@pytest.mark.parametrize("when", ["between", "inside"])
+@everywhere
+def test_memory_of_a_state_dict_that_is_shared_with_processes(placement: str, when: str) -> None:
+    """torch moves the storage, and with it all tensors over it; what torch.multiprocessing sends is moved so."""
+    tower, reference, handle = placed(placement, "cpu")
+
+    def share(*_: Any) -> None:
+        for tensor in tower.state_dict().values():
+            tensor.share_memory_()
+
+    def write(inside: nn.Module, inputs: Any) -> None:
+        with torch.no_grad():
+            inside.weight.mul_(0.5)
+
+    if when == "between":
+        share()
+    else:
+        hook = linear(tower).register_forward_pre_hook(share)
+        writes = [linear(module).register_forward_pre_hook(write) for module in (tower, reference)]
+        with torch.no_grad():
+            assert same(tower(vector(3, "cpu")), reference(vector(3, "cpu")))
+        for each in (hook, *writes):
+            each.remove()
+    check(tower, reference, "cpu")
+    with torch.no_grad():
+        for module in (tower, reference):
+            for parameter in module.parameters():
+                parameter.mul_(0.5)
+        check(tower, reference, "cpu")
+        for name, parameter in reference.named_parameters():
+            parameter.add_(1)
+            handle.update(name, parameter)
+    check(tower, reference, "cpu")
+    check(copy.deepcopy(tower), reference, "cpu")
+    handle.refresh_()
+    check(tower, reference, "cpu")
+    handle.restore_()
+    check(tower, reference, "cpu")
 
 
 @everywhere
