@@ -27,7 +27,7 @@ from .saved import saved_outside
 from .tensors import current_stream, host_copy_of, place_of, tensor_in
 from .tree import Member
 from .units import Data, StagedMember, StagedUnit, home_tensor
-from .watched import exchange_data, plain_data, rewatch, was_read
+from .watched import exchange_data, forget_given, plain_data, rewatch, was_read
 from .wrapped import WrappedForward
 
 __all__ = ["StagedForward", "Stager"]
@@ -224,6 +224,7 @@ class Stager:
                 written.append(staged)
             elif was_read(staged.tensor) or staged.written_unseen:
                 written.append(staged)
+            forget_given(staged.tensor, place[0])  # of the slot, where the tensor need not be any more
             exchange_data(staged.tensor, self._home(unit, staged), forget=True)
         driver = self.ring.driver
         if written:
@@ -270,6 +271,11 @@ class Stager:
                     f'"{staged.member.name}" was offloaded with strides {staged.home.stride()} and now has data with '
                     f"{tensor.stride()}; call refresh_() on the handle after giving tensors other strides"
                 )
+            if (shared := self._sharing(unit, staged, tensor)) is not None:
+                raise AliasError(
+                    f'"{staged.member.name}" was given the bytes of "{shared.member.name}" (.data =), which are offloaded, '
+                    "too; clone() them, or call refresh_() on the handle to have the two share their bytes from now on"
+                )
         origins = {id(staged): tensor.data_ptr() - staged.slab_offset for staged, tensor in foreign}
         for staged, _ in foreign:
             for other in unit.members:
@@ -284,6 +290,18 @@ class Stager:
             self._write(unit, staged, tensor)
             if staged.member.name not in self.adopted:
                 self.adopted.append(staged.member.name)
+
+    def _sharing(self, unit: StagedUnit, staged: StagedMember, tensor: torch.Tensor) -> StagedMember | None:
+        """The other member whose home or slot a tensor lies in, that was no part of `staged` before."""
+        address, nbytes = tensor.data_ptr(), staged.member.spec.nbytes
+        tied = [other for other in unit.members if other.overlaps(staged.slab_offset, nbytes)]
+        for other in (other for each in self.units.values() for other in each.members if other not in tied):
+            starts = [other.home_place[0]]
+            if other in unit.members:
+                starts += [slot.data_ptr() + other.slab_offset for slot in self.slots]
+            if any(start < address + nbytes and address < start + other.member.spec.nbytes for start in starts):
+                return other
+        return None
 
     def write(self, unit: StagedUnit, member: Member, tensor: torch.Tensor) -> None:
         """Write a tensor's elements into the host bytes, after everything enqueued that reads them."""

@@ -23,6 +23,7 @@ __all__ = [
     "READ_ONLY",
     "attributes_of",
     "exchange_data",
+    "forget_given",
     "former_class",
     "is_noted",
     "is_watched",
@@ -183,6 +184,12 @@ def plain_data(tensor: torch.Tensor) -> torch.Tensor:
 
 def exchange_data(tensor: torch.Tensor, value: torch.Tensor, *, forget: bool = False) -> None:
     """``tensor.data = value``, without a note. `forget` what ``.data`` gave out of the bytes that it had."""
-    if forget and (given := tensor.__dict__.get(_GIVEN)):
-        given.pop(tensor.data_ptr(), None)
+    if forget:
+        forget_given(tensor, tensor.data_ptr())
     _DATA.__set__(tensor, value)
+
+
+def forget_given(tensor: torch.Tensor, address: int) -> None:
+    """Forget what ``.data`` gave out of the bytes at an address."""
+    if given := tensor.__dict__.get(_GIVEN):
+        given.pop(address, None)

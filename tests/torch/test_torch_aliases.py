@@ -91,6 +91,73 @@ def test_data_that_is_the_same_bytes_in_other_strides(device: str, policy: str, 
         check(module.to(device), reference, device)
 
 
+class Normalising(Block):
+    """Sets its weight's data anew in its own forward, as layers on a sphere do."""
+
+    def forward(self, x: Tensor) -> Any:
+        self.w.data = functional.normalize(self.w.data * 0.5, dim=1)
+        return super().forward(x)
+
+
+def test_data_computed_of_itself_inside_of_a_forward(device: str) -> None:
+    module, reference, handle = pair(device, kind=Normalising)
+    check(module, reference, device)
+    assert all(same(module.state_dict()[name], t) for name, t in reference.state_dict().items())
+    assert handle.report(link=False).adopted == tuple(f"layers.{i}.w" for i in range(5))
+
+
+def _swap(module: nn.Module, first: int, second: int) -> None:
+    one, other = module.layers[first].w, module.layers[second].w
+    one.data, other.data = other.data, one.data
+
+
+def _tie(module: nn.Module, first: int, second: int) -> None:
+    module.layers[first].w.data = module.layers[second].w.data
+
+
+@policies
+@pytest.mark.parametrize("give", [_swap, _tie])
+@pytest.mark.parametrize("at", [(1, 3), (3, 1)])
+def test_data_of_another_offloaded_tensor(
+    at: tuple[int, int], give: Callable[[nn.Module, int, int], None], policy: str, device: str
+) -> None:
+    module, reference, handle = pair(device, policy)
+    check(module, reference, device)
+    for each in (module, reference):
+        give(each, *at)
+    if policy == "staged":
+        with torch.no_grad(), pytest.raises(AliasError, match=r"refresh_\(\)"):
+            module(vector(0, device))
+        handle.refresh_()
+    check(module, reference, device)
+    with torch.no_grad():
+        for each in (module, reference):
+            each.layers[at[0]].w.mul_(0.5)
+    check(module, reference, device)
+    handle.refresh_()
+    check(module, reference, device)
+    handle.restore_()
+    check(module, reference.cpu(), "cpu")
+
+
+class Turning(nn.Module):
+    """Exchanges the data of two weights of its own in its forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = (nn.Parameter(torch.randn(WIDTH, WIDTH) / 6) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.a.data, self.b.data = self.b.data, self.a.data
+        return torch.tanh(functional.linear(functional.linear(x, self.a), self.b))
+
+
+def test_data_exchanged_inside_of_a_forward(device: str) -> None:
+    module, reference, _handle = pair(device, kind=Turning)
+    with torch.no_grad(), pytest.raises(AliasError, match="was given the bytes"):
+        module(vector(0, device))
+
+
 def test_data_of_another_shape_or_dtype_is_refused(device: str) -> None:
     for change in (lambda t: t[:8], lambda t: t.view(torch.int32)):
         module, _reference, _handle = pair(device)
