@@ -23,7 +23,7 @@ from .origin import Start
 from .placed import Placed
 from .report import Report, link_of, snapshot
 from .subclasses import find, inner_tensors, wraps_others
-from .tensors import current_stream, overwrite
+from .tensors import check_update, current_stream, overwrite
 from .tree import Entry, Member
 
 __all__ = ["OffloadHandle"]
@@ -141,7 +141,7 @@ class OffloadHandle:
         Raises
         ------
         SpecError
-            No such name, or shape or dtype differ.
+            No such name, shape or dtype differ, or `tensor` is no tensor with bytes of its own.
         """
         placed = self._open()
         if parts := self._parts(name):
@@ -174,15 +174,7 @@ class OffloadHandle:
 
     def _check(self, name: str, tensor: torch.Tensor) -> tuple[Entry, Member, torch.Tensor]:
         entry, member, current = self._tensor(name)
-        if tensor.shape != current.shape or tensor.dtype != current.dtype:
-            raise SpecError(
-                f'"{name}" is {current.dtype}{list(current.shape)}, but the update is '
-                f"{tensor.dtype}{list(tensor.shape)}; shape and dtype must be equal"
-            )
-        if any(stride == 0 and length > 1 for length, stride in zip(current.shape, current.stride(), strict=True)):
-            raise SpecError(
-                f'"{name}" has strides {current.stride()}, so that elements share bytes; replace it instead'
-            )
+        check_update(name, current, tensor)
         return entry, member, current
 
     def _parts(self, name: str) -> dict[str, str]:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from ..errors import AliasError, OffloadError, SlotError
+from ..errors import AliasError, SlotError
 from ..transfer import Lease, Prefetcher
 from .backward import BackwardStager
 from .compiling import border, uncompiled
@@ -25,6 +25,7 @@ from .moved import CopiedOut, move_out, move_written
 from .outputs import detached_from
 from .saved import saved_outside
 from .tensors import current_stream, host_copy_of, place_of, tensor_in
+from .traced import refuse_tracing, said_of_hooks
 from .tree import Member
 from .units import Data, StagedMember, StagedUnit, home_tensor
 from .watched import exchange_data, forget_given, plain_data, rewatch, was_read
@@ -57,6 +58,10 @@ class StagedForward(WrappedForward):
                     output = self.inner(*args, **kwargs)
                 output, found = detached_from(output, slot, unit.own)
                 stager.aliased_outputs += found
+        except RuntimeError as error:
+            if (said := said_of_hooks(unit.name, error)) is not error:
+                raise said from error
+            raise
         finally:
             escaped = stager.leave(unit, lease)
         if escaped:
@@ -105,11 +110,7 @@ class Stager:
     @uncompiled
     def enter(self, unit: StagedUnit) -> Lease:
         """Stage a unit and point its tensors into the slot."""
-        if torch._C._functorch.peek_interpreter_stack() is not None:
-            raise OffloadError(
-                f'unit "{unit.name}" was called inside of a torch.func transform (grad, vmap, jvp), under which '
-                "parameters cannot be exchanged; use torch.autograd, or restore_() the module first"
-            )
+        refuse_tracing(unit.name)
         stream = current_stream(self.device)
         self.backward.recomputing()
         with self.lock:
@@ -273,8 +274,8 @@ class Stager:
                 )
             if (shared := self._sharing(unit, staged, tensor)) is not None:
                 raise AliasError(
-                    f'"{staged.member.name}" was given the bytes of "{shared.member.name}" (.data =), which are offloaded, '
-                    "too; clone() them, or call refresh_() on the handle to have the two share their bytes from now on"
+                    f'"{staged.member.name}" was given the bytes of "{shared.member.name}" (.data =), which are '
+                    "offloaded, too; clone() them, or call refresh_() on the handle, and the two share them from now on"
                 )
         origins = {id(staged): tensor.data_ptr() - staged.slab_offset for staged, tensor in foreign}
         for staged, _ in foreign:

@@ -354,6 +354,14 @@ def test_update_refuses(device: str) -> None:
         handle.update("layers.2.a.weight", torch.zeros(32, 64))
     with pytest.raises(SpecError, match="shape and dtype"):
         handle.update("layers.2.a.weight", torch.zeros(64, 32, dtype=torch.float64))
+    for values, words in [
+        (torch.zeros(64, 32).tolist(), "is a list; give a torch.Tensor"),
+        (torch.zeros(64, 32, device="meta"), "on meta"),
+        (torch.zeros(64, 32).to_sparse(), "sparse_coo; give a dense"),
+    ]:
+        with pytest.raises(SpecError, match=words):
+            handle.update("layers.2.a.weight", values)
+    check(tower, reference, device)
     errors: list[BaseException] = []
 
     def late(*_: Any) -> None:
