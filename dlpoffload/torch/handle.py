@@ -162,6 +162,7 @@ class OffloadHandle:
                 placed.write(entry, member, tensor)
             else:
                 overwrite(current, tensor)
+        torch.clear_autocast_cache()
 
     def copy_out(self, name: str) -> bool:
         """Copy a tensor out of a mapped checkpoint, so that it can be written in place; False where it can already."""

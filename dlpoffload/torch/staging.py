@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import AliasError, SlotError
 from ..transfer import Lease, Prefetcher
 from .backward import BackwardStager
+from .casts import casts_forgotten
 from .compiling import border, uncompiled
 from .gradients import guard_outputs, refuse_gradients
 from .guarded import expose
@@ -51,10 +52,11 @@ class StagedForward(WrappedForward):
         escaped = False
         try:
             if lease.slot is None:
-                output = self.inner(*args, **kwargs)
+                with casts_forgotten():
+                    output = self.inner(*args, **kwargs)
             else:
                 slot = stager.slots[lease.slot.index]
-                with saved_outside(stager, slot, unit):
+                with saved_outside(stager, slot, unit), casts_forgotten():
                     output = self.inner(*args, **kwargs)
                 output, found = detached_from(output, slot, unit.own)
                 stager.aliased_outputs += found

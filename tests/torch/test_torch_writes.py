@@ -15,6 +15,7 @@ torch = pytest.importorskip("torch")
 from models import Normalised, Tower, assert_same, case_of, distinct_nbytes, run, same, tensors_of  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.func import functional_call  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from dlpoffload.errors import AliasError, ClosedError, GradientError, OffloadError, SlotError, SpecError  # noqa: E402
 from dlpoffload.planning import Placement, all_mapped, all_staged, pattern_policy  # noqa: E402
@@ -301,6 +302,51 @@ def test_update(placement: str, device: str) -> None:
             reference.layers[2].a.weight.copy_(values)
         values.zero_()
         check(tower, reference, device)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@everywhere
+def test_update_under_autocast_leaves_no_cast_of_old_values(placement: str, grad: bool, device: str) -> None:
+    tower, _reference, handle = placed(placement, device)
+    cast = torch.autocast(torch.device(device).type, torch.bfloat16)
+    x = vector(0, device)
+    with torch.set_grad_enabled(grad):
+        with cast:
+            before = tower(x)
+            handle.update("layers.2.a.weight", torch.ones(64, 32))
+            after = tower(x)
+        with cast:
+            assert same(after, tower(x))
+    assert not same(after, before)
+
+
+def test_autocast_keeps_no_casts_of_streamed_weights(device: str) -> None:
+    """It would keep one of every weight that requires a gradient, on the device, until its context ends."""
+    tower, reference, _handle = placed("staged", device)
+    kinds: list[Counter[str]] = []
+    with torch.no_grad(), torch.autocast(torch.device(device).type, torch.bfloat16):
+        for module in (tower, reference):
+            module(vector(0, device))
+            with _Casts() as casts:
+                module(vector(0, device))
+            kinds.append(casts.counted)
+        assert same(tower(vector(0, device)), reference(vector(0, device)))
+        assert torch.is_autocast_cache_enabled()
+    weights = 2 * len(tower.layers)
+    assert kinds[1]["_to_copy"] > 0
+    assert kinds[0]["_to_copy"] >= kinds[1]["_to_copy"] + weights  # none was kept from the step before
+
+
+class _Casts(TorchDispatchMode):
+    """Counts operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counted: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counted[func._opname] += 1
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("budget", [20, 110])
