@@ -235,7 +235,8 @@ class OffloadHandle:
         with self._lock, torch.inference_mode(False), torch.no_grad():
             former = self._open()
             self._check_awake("refreshed")
-            self._offloading.plan(self.module, pinned=former.pinned)
+            with former.quiet():
+                self._offloading.plan(self.module, pinned=former.pinned)
             former.retire()
             record, former.store = former.former(), None
             self._installed.remove()
@@ -275,8 +276,9 @@ class OffloadHandle:
     def _resized(self, device_budget: int | str) -> tuple[Offloading, Plan]:
         """What another budget makes of the plan. Changes nothing."""
         offloading = replace(self._offloading, device_budget=device_budget)
-        units = (self._awake or self._plan).units
-        return offloading, offloading.plan(self.module, pinned=self._open().pinned, former=units)[1]
+        units, former = (self._awake or self._plan).units, self._open()
+        with former.quiet():
+            return offloading, offloading.plan(self.module, pinned=former.pinned, former=units)[1]
 
     def _resize(self, offloading: Offloading, decided: Plan) -> None:
         if self._awake is not None:
@@ -304,7 +306,8 @@ class OffloadHandle:
         with self._lock, torch.inference_mode(False), torch.no_grad():
             former = self._open()
             if self._awake is None:
-                awake = self._offloading.current(self.module, self._plan, pinned=former.pinned)
+                with former.quiet():
+                    awake = self._offloading.current(self.module, self._plan, pinned=former.pinned)
                 self._change(awake.asleep(), asleep=True)
                 self._awake = awake
 

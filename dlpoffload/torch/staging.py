@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -346,6 +347,16 @@ class Stager:
                 raise SlotError(f'unit "{running[0]}" is running; restore the module between two calls of it')
             if not self.ring.closed:
                 self.ring.check_uncaptured("closed")
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Keep every unit from running for the length of a block; SlotError, before it, where one runs already.
+
+        While one runs its tensors are in a slot, as those of others were: by their addresses they would seem tied.
+        """
+        with self.lock:
+            self.check_closable()
+            yield
 
     def close(self) -> None:
         """End staging, and let go of slots and homes at once: the garbage collector may come much later.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -25,8 +27,10 @@ from dlpoffload.errors import (  # noqa: E402
 )
 from dlpoffload.planning import Placement  # noqa: E402
 from dlpoffload.torch import OffloadHandle, offload_  # noqa: E402
+from dlpoffload.torch import offloading as offloading_module  # noqa: E402
 from dlpoffload.torch import placed as placed_module  # noqa: E402
 from dlpoffload.torch.offloading import Offloading  # noqa: E402
+from dlpoffload.torch.tree import collect  # noqa: E402
 
 SOME = [case for case in CASES if case.name in ("decoder_tied", "encoder_decoder", "mixture", "odd_tensors", "unet")]
 some = pytest.mark.parametrize("case", SOME, ids=lambda case: case.name)
@@ -212,6 +216,38 @@ def test_refused_inside_of_a_unit(device: str) -> None:
     handle.sleep()
     handle.wake()
     check(module, reference, device)
+
+
+@pytest.mark.parametrize("act", ["resize", "sleep", "refresh"])
+def test_no_unit_runs_while_the_module_is_looked_over(act: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the addresses of slots, tensors would seem to share bytes."""
+    module, reference, handle = tower("cpu", "200KiB")
+    found: list[Any] = []
+    started: list[threading.Thread] = []
+
+    def call() -> None:
+        try:
+            with torch.no_grad():
+                found.append(module(vector(0, "cpu")))
+        except (ClosedError, OffloadError) as error:
+            found.append(error)
+
+    def looking(*args: Any, **options: Any) -> Any:
+        if not started:
+            started.append(threading.Thread(target=call))
+            started[0].start()
+            started[0].join(0.3)
+            assert started[0].is_alive()
+        return collect(*args, **options)
+
+    with monkeypatch.context() as patch, contextlib.suppress(SlotError):  # by then it may run
+        patch.setattr(offloading_module, "collect", looking)
+        {"resize": lambda: handle.resize_("240KiB"), "sleep": handle.sleep, "refresh": handle.refresh_}[act]()
+    started[0].join()
+    with torch.no_grad():
+        assert isinstance(found[0], OffloadError | ClosedError) or same(found[0], reference(vector(0, "cpu")))
+    handle.wake()
+    check(module, reference, "cpu")
 
 
 @pytest.mark.parametrize("act", ["resize", "sleep", "wake"])

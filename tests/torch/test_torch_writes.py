@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -279,6 +280,39 @@ def test_state_dict_in_the_middle_of_a_write() -> None:
     for found, wanted in zip(taken["offloaded"], taken["resident"], strict=True):
         for name, tensor in wanted.items():
             assert same(found[name], tensor), name
+
+
+def test_state_dict_on_another_thread_while_a_unit_is_left() -> None:
+    """What it has of the slot for a moment is no view that outlives the unit's forward."""
+    inside, left = threading.Event(), threading.Event()
+
+    class Pausing(nn.Linear):
+        def _save_to_state_dict(self, *args: Any) -> None:
+            super()._save_to_state_dict(*args)
+            if threading.current_thread() is saving and self is tower.layers[2].a:
+                inside.set()
+                left.wait(0.3)
+
+    tower = Tower(4)
+    tower.layers[2].a.__class__ = Pausing
+    tower, reference, _handle = placed("staged", "cpu", tower)
+    states: list[dict[str, Tensor]] = []
+    saving = threading.Thread(target=lambda: states.append(tower.state_dict()))
+
+    def start(*_: Any) -> None:
+        saving.start()
+        assert inside.wait(30)
+
+    hook = tower.layers[2].b.register_forward_hook(start)
+    with torch.no_grad():
+        found = tower(vector(1, "cpu"))
+    left.set()
+    saving.join()
+    hook.remove()
+    with torch.no_grad():
+        assert same(found, reference(vector(1, "cpu")))
+    assert all(same(states[0][name], tensor) for name, tensor in reference.state_dict().items())
+    check(tower, reference, "cpu")
 
 
 def test_names_are_what_they_were(device: str) -> None:
