@@ -26,7 +26,7 @@ from .guarded import expose
 from .moved import CopiedOut, move_out, move_written
 from .outputs import detached_from
 from .saved import saved_outside
-from .tensors import current_stream, host_copy_of, place_of, tensor_in
+from .tensors import copy_elements, current_stream, host_copy_of, place_of, tensor_in
 from .traced import refuse_tracing, said_of_hooks
 from .tree import Member
 from .units import Data, StagedMember, StagedUnit, home_tensor
@@ -321,7 +321,7 @@ class Stager:
             move_out(self, unit, staged.entry, current_stream(self.device))
         self.ring.driver.stream_synchronize(current_stream(self.device))
         self.ring.before_host_write(unit.name)
-        home_tensor(unit.slab.host_view(staged.entry), staged.member).copy_(source)
+        copy_elements(home_tensor(unit.slab.host_view(staged.entry), staged.member), source)
         self.ring.changed(unit.name)
         torch.autograd.graph.increment_version(staged.member.of_module[1])
         staged.version = staged.member.version

@@ -17,6 +17,7 @@ __all__ = [
     "Place",
     "bytes_of",
     "check_update",
+    "copy_elements",
     "current_stream",
     "empty_bytes",
     "host_copy_of",
@@ -178,6 +179,14 @@ def check_update(name: str, current: torch.Tensor, tensor: object) -> None:
         )
     if any(stride == 0 and length > 1 for length, stride in zip(current.shape, current.stride(), strict=True)):
         raise SpecError(f'"{name}" has strides {current.stride()}, so that elements share bytes; replace it instead')
+
+
+def copy_elements(target: torch.Tensor, source: torch.Tensor) -> None:
+    """``target.copy_(source)``, also where elements share bytes as those of an expanded tensor do: both alike."""
+    for dim, (length, stride) in enumerate(zip(target.shape, target.stride(), strict=True)):
+        if stride == 0 and length > 1:
+            target, source = target.narrow(dim, 0, 1), source.narrow(dim, 0, 1)
+    target.copy_(source)
 
 
 def overwrite(target: torch.Tensor, source: torch.Tensor) -> None:

@@ -311,6 +311,30 @@ def test_copies_keep_classes_attributes_and_hooks(device: str) -> None:
     check(tower, reference, device)
 
 
+@pytest.mark.parametrize("policy", [all_staged, all_mapped], ids=lambda policy: policy.__name__)
+def test_copies_of_expanded_tensors(policy: Any, device: str) -> None:
+    class Expanded(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(32, 32)
+            self.register_buffer("row", torch.randn(32).expand(3, 32))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.row
+
+    tower = Tower(5)
+    for layer in tower.layers:
+        layer.b = nn.Sequential(layer.b, Expanded())
+    options = {"policy": policy, "units": LAYERS if policy is all_staged else None}
+    tower, reference, _handle = pair(device, tower, **options)
+    check(tower, reference, device)
+    copied = copy.deepcopy(tower)
+    check(copied, reference, device)
+    assert copied.layers[1].b[1].row.stride() == (0, 1)
+    for each in (copied, reference):
+        each.layers[1].b[1].row.data = torch.ones(32, device=device).expand(3, 32)
+    check(copied, reference, device)
+
+
 def test_a_copy_takes_what_was_written_and_not_used_yet(device: str) -> None:
     tower, reference, _handle = pair(device)
     for module in (tower, reference):
