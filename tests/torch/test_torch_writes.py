@@ -7,6 +7,7 @@ import copy
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -261,6 +262,40 @@ def test_state_dict_at_any_time(device: str) -> None:
         for name, tensor in wanted.items():
             assert same(state[name], tensor), name
     assert all(state["layers.0.a.weight"] is tower.layers[0].a.weight for state in kept_vars)
+
+
+@pytest.mark.parametrize("name", ["decoder_tied", "odd_tensors", "encoder_decoder"])
+def test_saved_and_loaded_by_files(name: str, device: str, tmp_path: Path) -> None:
+    """Files are those of a resident model: no slab, and no tensor twice."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    case = case_of(name)
+    module, reference = case.model(), case.model().to(device)
+    handle = offload_(module, max(distinct_nbytes(module) * 3 // 10, 300_000), device=device)
+    inputs = case.inputs(0, device)
+    files = [tmp_path / "offloaded", tmp_path / "reference"]
+    for each, file in zip((module, reference), files, strict=True):
+        torch.save({key: tensor.cpu() for key, tensor in each.state_dict().items()}, file)
+    assert files[0].stat().st_size <= files[1].stat().st_size
+    saved = torch.load(files[0])
+    assert all(same(saved[key], tensor.cpu()) for key, tensor in reference.state_dict().items())
+    if name != "odd_tensors":  # safetensors has no complex numbers
+        with torch.no_grad():
+            for each in (module, reference):
+                for parameter in each.parameters():
+                    parameter.add_(1)
+        safetensors.save_model(module, str(files[0]))
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.zero_()
+        safetensors.load_model(module, str(files[0]), device=device)
+    with torch.no_grad():
+        assert_same(run(module, inputs), run(reference, inputs))
+    saved = {key: tensor for key, tensor in saved.items() if "expanded" not in key}  # torch loads into no such tensor
+    for each in (module, reference):
+        each.load_state_dict(saved, strict=False)
+    with torch.no_grad():
+        assert_same(run(module, inputs), run(reference, inputs))
+    assert handle.report(link=False).adopted == ()
 
 
 def test_state_dict_in_the_middle_of_a_write() -> None:
