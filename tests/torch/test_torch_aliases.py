@@ -139,7 +139,7 @@ def test_data_of_another_offloaded_tensor(
     handle.refresh_()
     check(module, reference, device)
     handle.restore_()
-    check(module, reference.cpu(), "cpu")
+    check(module.cpu(), reference.cpu(), "cpu")
 
 
 class Turning(nn.Module):
