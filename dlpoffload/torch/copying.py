@@ -10,7 +10,7 @@ from torch import nn
 
 from ..errors import OffloadError
 from .subclasses import rebuilt
-from .tensors import tensor_in
+from .tensors import copy_elements, tensor_in
 from .tree import Member
 from .watched import attributes_of, former_class
 from .wrapped import LeftOut
@@ -87,7 +87,7 @@ def _host_copy(member: Member, data: torch.Tensor, ours: bool, flat: torch.Tenso
     """A member's elements in ordinary memory; tied ones overlap there as they did."""
     tensor, kind = member.tensor, former_class(member.tensor)
     plain = tensor_in(flat, member.byte_offset, member.spec) if ours else torch.empty_like(data, device="cpu")
-    plain.copy_(data)
+    copy_elements(plain, data)
     if kind is torch.Tensor:
         return plain
     made: torch.Tensor = torch.Tensor._make_subclass(kind, plain, tensor.requires_grad)

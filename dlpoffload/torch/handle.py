@@ -23,7 +23,7 @@ from .origin import Start
 from .placed import Placed
 from .report import Report, link_of, snapshot
 from .subclasses import find, inner_tensors, wraps_others
-from .tensors import current_stream, overwrite
+from .tensors import check_update, current_stream, overwrite
 from .tree import Entry, Member
 
 __all__ = ["OffloadHandle"]
@@ -141,7 +141,7 @@ class OffloadHandle:
         Raises
         ------
         SpecError
-            No such name, or shape or dtype differ.
+            No such name, shape or dtype differ, or `tensor` is no tensor with bytes of its own.
         """
         placed = self._open()
         if parts := self._parts(name):
@@ -162,6 +162,7 @@ class OffloadHandle:
                 placed.write(entry, member, tensor)
             else:
                 overwrite(current, tensor)
+        torch.clear_autocast_cache()
 
     def copy_out(self, name: str) -> bool:
         """Copy a tensor out of a mapped checkpoint, so that it can be written in place; False where it can already."""
@@ -174,15 +175,7 @@ class OffloadHandle:
 
     def _check(self, name: str, tensor: torch.Tensor) -> tuple[Entry, Member, torch.Tensor]:
         entry, member, current = self._tensor(name)
-        if tensor.shape != current.shape or tensor.dtype != current.dtype:
-            raise SpecError(
-                f'"{name}" is {current.dtype}{list(current.shape)}, but the update is '
-                f"{tensor.dtype}{list(tensor.shape)}; shape and dtype must be equal"
-            )
-        if any(stride == 0 and length > 1 for length, stride in zip(current.shape, current.stride(), strict=True)):
-            raise SpecError(
-                f'"{name}" has strides {current.stride()}, so that elements share bytes; replace it instead'
-            )
+        check_update(name, current, tensor)
         return entry, member, current
 
     def _parts(self, name: str) -> dict[str, str]:
@@ -242,7 +235,8 @@ class OffloadHandle:
         with self._lock, torch.inference_mode(False), torch.no_grad():
             former = self._open()
             self._check_awake("refreshed")
-            self._offloading.plan(self.module, pinned=former.pinned)
+            with former.quiet():
+                self._offloading.plan(self.module, pinned=former.pinned)
             former.retire()
             record, former.store = former.former(), None
             self._installed.remove()
@@ -282,8 +276,9 @@ class OffloadHandle:
     def _resized(self, device_budget: int | str) -> tuple[Offloading, Plan]:
         """What another budget makes of the plan. Changes nothing."""
         offloading = replace(self._offloading, device_budget=device_budget)
-        units = (self._awake or self._plan).units
-        return offloading, offloading.plan(self.module, pinned=self._open().pinned, former=units)[1]
+        units, former = (self._awake or self._plan).units, self._open()
+        with former.quiet():
+            return offloading, offloading.plan(self.module, pinned=former.pinned, former=units)[1]
 
     def _resize(self, offloading: Offloading, decided: Plan) -> None:
         if self._awake is not None:
@@ -309,9 +304,10 @@ class OffloadHandle:
         After any error everything is as it was.
         """
         with self._lock, torch.inference_mode(False), torch.no_grad():
-            self._open()
+            former = self._open()
             if self._awake is None:
-                awake = self._plan
+                with former.quiet():
+                    awake = self._offloading.current(self.module, self._plan, pinned=former.pinned)
                 self._change(awake.asleep(), asleep=True)
                 self._awake = awake
 
@@ -324,9 +320,9 @@ class OffloadHandle:
             The device has no room: free some, or `resize_` first. The module still sleeps.
         """
         with self._lock, torch.inference_mode(False), torch.no_grad():
-            self._open()
+            former = self._open()
             if self._awake is not None:
-                self._change(self._awake)
+                self._change(self._offloading.current(self.module, self._awake, pinned=former.pinned))
                 self._awake = None
 
     def _change(self, decided: Plan, *, asleep: bool = False) -> None:
@@ -341,7 +337,7 @@ class OffloadHandle:
             # What had not moved yet is at home still: this takes no more than before, once what is new is let go of.
             traceback.clear_frames(error.__traceback__)
             drain()
-            placed = self._offloading.move(former, former.plan, back=True)
+            placed = self._offloading.move_back(former, asleep=self.asleep)
             self._install(placed, asleep=self.asleep)
             self._restored = False
             raise

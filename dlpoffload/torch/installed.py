@@ -18,8 +18,9 @@ from .overrides import Overrides
 from .placed import Placed
 from .root import RootForward, SteppedForward
 from .staging import StagedForward
-from .state import guard_state_dicts
+from .state import Saving, guard_state_dicts, homes_of
 from .tensors import torch_device
+from .traced import refuse_script
 from .wrapped import SleepingForward, WrappedForward
 
 if TYPE_CHECKING:
@@ -68,6 +69,11 @@ class Installed:
             self._overrides.put(inside, "_apply", GuardedApply([placed], inside))
             self._overrides.put(inside, "__deepcopy__", deep_copy if inside is module else refuse_copy)
             self._overrides.put(inside, "__reduce_ex__", refuse_pickle)
+            self._overrides.put(inside, "__prepare_scriptable__", refuse_script)
+        if placed.stager is not None:
+            # Beside the hooks: these are taken off while the module is copied, as other threads go on.
+            for inside, homes in homes_of(placed.stager, self._units).items():
+                self._overrides.put(inside, "_save_to_state_dict", Saving(inside, homes))
 
     def _put_on(self) -> None:
         for forward in self.forwards:
@@ -122,6 +128,7 @@ class InstalledOverParts:
                 self._overrides.put(module, "_apply", GuardedApply(placed, module))
                 self._overrides.put(module, "__deepcopy__", refuse_copy)
                 self._overrides.put(module, "__reduce_ex__", refuse_pickle)
+                self._overrides.put(module, "__prepare_scriptable__", refuse_script)
             self._overrides.put(root, "__deepcopy__", deep_copy)
             for forward in self.forwards:
                 forward.install()

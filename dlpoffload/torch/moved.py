@@ -54,7 +54,7 @@ def copied_out(placed: Placed, name: str) -> list[torch.Tensor]:
     entry, store = placed.entries[name], placed.store
     assert store is not None
     store.copy_out(name)
-    homes = placed._homes_of(entry)
+    homes = placed.homes(name)
     for member, home in zip(entry.members, homes, strict=True):
         placed._homes[id(member)] = place_of(home)
         release(member.tensor)

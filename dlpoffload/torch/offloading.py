@@ -80,6 +80,13 @@ class Offloading:
                 return entries, planned(former)
         return entries, planned(units if chosen is None else chosen)
 
+    def current(self, module: nn.Module, decided: Plan, *, pinned: bool, asleep: bool = False) -> Plan:
+        """A plan; one made anew where the module holds other tensors by now than that places."""
+        if {entry.name: entry.spec for entry in collect(module)} == decided.specs:
+            return decided
+        made = self.plan(module, pinned=pinned, former=decided.units)[1]
+        return made.asleep() if asleep else made
+
     def _with_loose(self, tree: UnitTree, slots: int) -> list[Unit]:
         """The units, and each tensor that is in none as a unit of its own, so that it need not be mapped."""
         if isinstance(self.units, Mapping):
@@ -113,11 +120,13 @@ class Offloading:
                 placed.pageable_because = str(refused)
                 return placed
 
-    def move(self, former: Placed, decided: Plan, *, back: bool = False) -> Placed:
-        """Place a module by another plan, in memory of the same kind, after `former` was retired.
+    def move_back(self, former: Placed, *, asleep: bool) -> Placed:
+        """Place a module by its former plan, after another was refused: slabs that were left by then are given up."""
+        decided = self.current(former.module, former.plan, pinned=former.pinned, asleep=asleep)
+        return self.move(former, decided, back=True)
 
-        `back` to the former plan, after another was refused: slabs that were left by then are given up first.
-        """
+    def move(self, former: Placed, decided: Plan, *, back: bool = False) -> Placed:
+        """Place a module by another plan, in memory of the same kind, after `former` was retired."""
         module, record = former.module, former.former()
         if back:
             former.store = None

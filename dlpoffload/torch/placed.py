@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, cast
 
@@ -130,6 +131,10 @@ class Placed:
         """Bytes on the device: residents and ring."""
         return self.plan.device_nbytes + self.plan.slots * (self._slot_nbytes - self.plan.slot_nbytes)
 
+    def quiet(self) -> AbstractContextManager[None]:
+        """See `Stager.quiet`."""
+        return nullcontext() if self.stager is None else self.stager.quiet()
+
     def is_read_only(self, entry: Entry) -> bool:
         """Whether an entry lies in a mapped file."""
         return self.store is not None and entry.name in self.store and self.store.is_read_only(entry.name)
@@ -173,7 +178,7 @@ class Placed:
             self._move(entry, empty_bytes(entry.spec.nbytes, self.device))
             return
         assert self.store is not None
-        homes = self._homes_of(entry)
+        homes = self.homes(entry.name)
         if _places(entry) != [place_of(home) for home in homes]:
             host = from_dlpack(self.store.host_view(entry.name).view((entry.spec.nbytes,), "uint8"))
             for member in entry.members:
@@ -184,9 +189,10 @@ class Placed:
         for member, home in zip(entry.members, homes, strict=True):
             self._point(member, home)
 
-    def _homes_of(self, entry: Entry) -> list[torch.Tensor]:
-        view = self._home_view(entry)
-        return [home_tensor(view, member) for member in entry.members]
+    def homes(self, name: str) -> list[torch.Tensor]:
+        """Views of the host bytes of an entry, one for each of its members."""
+        view = self._home_view(self.entries[name])
+        return [home_tensor(view, member) for member in self.entries[name].members]
 
     def _home_view(self, entry: Entry) -> View:
         assert self.store is not None
@@ -235,17 +241,14 @@ class Placed:
     def data_of(self, entry: Entry, member: Member) -> tuple[torch.Tensor, bool]:
         """A member's data, its home where its unit runs now; and whether it is in the bytes that we gave it."""
         unit = None if self.stager is None else self.stager.unit_of(entry.name)
-        if unit is not None and self.stager is not None:
-            with self.stager.lock:
-                if unit.active:
-                    return next(staged.home for staged in unit.members if staged.member is member), True
-                return plain_data(member.tensor), self._is_ours(member)
-        return plain_data(member.tensor), self._is_ours(member)
+        with nullcontext() if self.stager is None else self.stager.lock:
+            if unit is not None and unit.active:
+                return next(staged.home for staged in unit.members if staged.member is member), True
+            return plain_data(member.tensor), self._is_ours(member)
 
     def is_elsewhere(self, entry: Entry, member: Member) -> bool:
         """Whether a tensor that no unit stages was given other memory (``.data =``): nothing takes that over."""
-        staged = self.plan.placements[entry.name] is Placement.HOST_STAGED
-        return not staged and not self.data_of(entry, member)[1]
+        return self.plan.placements[entry.name] is not Placement.HOST_STAGED and not self.data_of(entry, member)[1]
 
     def _stage(self, slots: list[torch.Tensor]) -> None:
         assert self.store is not None
@@ -263,7 +266,7 @@ class Placed:
             when_full="map" if self._unit_of.keys() & set(self.store.unaligned) else "map_read_only",
             allocate=allocate,
         )
-        self.stager = Stager(Prefetcher(ring), slots, self.device, partial(copied_out, self))
+        self.stager = Stager(Prefetcher(ring), slots, self.device, self.homes, partial(copied_out, self))
         self._named = {path: real_of(module) for path, module in self.module.named_modules()}
         for unit in units:
             self.stager.add(self._unit(unit.name, unit.tensors))

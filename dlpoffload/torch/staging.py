@@ -8,24 +8,29 @@ from __future__ import annotations
 
 import gc
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
-from ..errors import AliasError, OffloadError, SlotError
+from ..errors import AliasError, SlotError
 from ..transfer import Lease, Prefetcher
 from .backward import BackwardStager
+from .casts import casts_forgotten
 from .compiling import border, uncompiled
-from .gradients import guard_outputs
-from .guarded import expose, is_guarded
+from .gradients import guard_outputs, refuse_gradients
+from .guarded import expose
 from .moved import CopiedOut, move_out, move_written
 from .outputs import detached_from
 from .saved import saved_outside
-from .tensors import current_stream, host_copy_of, place_of, tensor_in
+from .tensors import copy_elements, current_stream, host_copy_of, place_of, tensor_in
+from .traced import refuse_tracing, said_of_hooks
 from .tree import Member
 from .units import Data, StagedMember, StagedUnit, home_tensor
-from .watched import exchange_data, plain_data, was_read
+from .watched import exchange_data, forget_given, plain_data, rewatch, was_read
 from .wrapped import WrappedForward
 
 __all__ = ["StagedForward", "Stager"]
@@ -48,13 +53,18 @@ class StagedForward(WrappedForward):
         escaped = False
         try:
             if lease.slot is None:
-                output = self.inner(*args, **kwargs)
+                with casts_forgotten():
+                    output = self.inner(*args, **kwargs)
             else:
                 slot = stager.slots[lease.slot.index]
-                with saved_outside(stager, slot, unit):
+                with saved_outside(stager, slot, unit), casts_forgotten():
                     output = self.inner(*args, **kwargs)
                 output, found = detached_from(output, slot, unit.own)
                 stager.aliased_outputs += found
+        except RuntimeError as error:
+            if (said := said_of_hooks(unit.name, error)) is not error:
+                raise said from error
+            raise
         finally:
             escaped = stager.leave(unit, lease)
         if escaped:
@@ -71,7 +81,14 @@ class StagedForward(WrappedForward):
 class Stager:
     """Enters and leaves units. One for each offloaded module."""
 
-    def __init__(self, prefetcher: Prefetcher, slots: list[torch.Tensor], device: torch.device, out: CopiedOut) -> None:
+    def __init__(
+        self,
+        prefetcher: Prefetcher,
+        slots: list[torch.Tensor],
+        device: torch.device,
+        homes: Callable[[str], list[torch.Tensor]],
+        out: CopiedOut,
+    ) -> None:
         self.prefetcher = prefetcher
         self.ring = prefetcher.ring
         self.device = device
@@ -79,9 +96,11 @@ class Stager:
         self._storages = [slot.untyped_storage() for slot in slots]
         self.backward = BackwardStager(self.ring, slots, device)
         self.aliased_outputs = 0
+        self.homes = homes
         self.copied_out = out
         self.units: dict[str, StagedUnit] = {}
         self.adopted: list[str] = []
+        self._hooks: list[RemovableHandle] = []
         self._unit_of: dict[str, StagedUnit] = {}
         self.lock = threading.RLock()
 
@@ -94,11 +113,7 @@ class Stager:
     @uncompiled
     def enter(self, unit: StagedUnit) -> Lease:
         """Stage a unit and point its tensors into the slot."""
-        if torch._C._functorch.peek_interpreter_stack() is not None:
-            raise OffloadError(
-                f'unit "{unit.name}" was called inside of a torch.func transform (grad, vmap, jvp), under which '
-                "parameters cannot be exchanged; use torch.autograd, or restore_() the module first"
-            )
+        refuse_tracing(unit.name)
         stream = current_stream(self.device)
         self.backward.recomputing()
         with self.lock:
@@ -179,6 +194,8 @@ class Stager:
             restored = self.ring.closed  # and this is a backward that comes late
             if unit.active or (not restored and unit.untouched(unit.homes)):
                 return
+            if not restored:
+                self._watch_again(unit)
             foreign = [staged for staged in unit.members if not staged.at_home and not restored]
             if foreign:
                 self._adopt(unit, [(staged, plain_data(staged.tensor)) for staged in foreign])
@@ -199,6 +216,7 @@ class Stager:
         if unit.untouched(data):
             unit.point(unit.homes)
             return
+        self._watch_again(unit)
         written: list[StagedMember] = []
         foreign: list[tuple[StagedMember, torch.Tensor]] = []
         for staged, place in zip(unit.members, data.places, strict=True):
@@ -210,7 +228,8 @@ class Stager:
                 written.append(staged)
             elif was_read(staged.tensor) or staged.written_unseen:
                 written.append(staged)
-            exchange_data(staged.tensor, staged.home, forget=True)
+            forget_given(staged.tensor, place[0])  # of the slot, where the tensor need not be any more
+            exchange_data(staged.tensor, self._home(unit, staged), forget=True)
         driver = self.ring.driver
         if written:
             lease.wait_for_readers()  # who wrote may have left already, on another stream
@@ -225,6 +244,21 @@ class Stager:
             self.ring.changed_on_stream(unit.name, stream=lease.stream, valid=lease.slot)
         if foreign:
             self._adopt(unit, foreign)
+
+    def _watch_again(self, unit: StagedUnit) -> None:
+        for staged in unit.members:
+            if rewatch(staged.tensor):
+                name, tensor = staged.member.of_module
+                self._hooks += refuse_gradients([(name, tensor)])
+                tensor._backward_hooks = tensor._backward_hooks  # swap_tensors left torch's half with the other one
+
+    def _home(self, unit: StagedUnit, staged: StagedMember) -> torch.Tensor:
+        """A member's home; made anew where somebody moved its memory (``share_memory_`` of what `state_dict` gave)."""
+        if place_of(staged.home) != staged.home_place:
+            mine = [other for other in unit.members if other.entry == staged.entry]
+            for other, home in zip(mine, self.homes(staged.entry), strict=True):
+                unit.give_home(other, home)
+        return staged.home
 
     # --------------------------------------------------------------------------------------- writes
     def _adopt(self, unit: StagedUnit, foreign: list[tuple[StagedMember, torch.Tensor]]) -> None:
@@ -241,6 +275,11 @@ class Stager:
                     f'"{staged.member.name}" was offloaded with strides {staged.home.stride()} and now has data with '
                     f"{tensor.stride()}; call refresh_() on the handle after giving tensors other strides"
                 )
+            if (shared := self._sharing(unit, staged, tensor)) is not None:
+                raise AliasError(
+                    f'"{staged.member.name}" was given the bytes of "{shared.member.name}" (.data =), which are '
+                    "offloaded, too; clone() them, or call refresh_() on the handle, and the two share them from now on"
+                )
         origins = {id(staged): tensor.data_ptr() - staged.slab_offset for staged, tensor in foreign}
         for staged, _ in foreign:
             for other in unit.members:
@@ -251,10 +290,22 @@ class Stager:
                         "now has others; restore_() the module before untying them"
                     )
         for staged, tensor in foreign:
-            exchange_data(staged.tensor, staged.home)
+            exchange_data(staged.tensor, self._home(unit, staged))
             self._write(unit, staged, tensor)
             if staged.member.name not in self.adopted:
                 self.adopted.append(staged.member.name)
+
+    def _sharing(self, unit: StagedUnit, staged: StagedMember, tensor: torch.Tensor) -> StagedMember | None:
+        """The other member whose home or slot a tensor lies in, that was no part of `staged` before."""
+        address, nbytes = tensor.data_ptr(), staged.member.spec.nbytes
+        tied = [other for other in unit.members if other.overlaps(staged.slab_offset, nbytes)]
+        for other in (other for each in self.units.values() for other in each.members if other not in tied):
+            starts = [other.home_place[0]]
+            if other in unit.members:
+                starts += [slot.data_ptr() + other.slab_offset for slot in self.slots]
+            if any(start < address + nbytes and address < start + other.member.spec.nbytes for start in starts):
+                return other
+        return None
 
     def write(self, unit: StagedUnit, member: Member, tensor: torch.Tensor) -> None:
         """Write a tensor's elements into the host bytes, after everything enqueued that reads them."""
@@ -266,11 +317,11 @@ class Stager:
 
     def _write(self, unit: StagedUnit, staged: StagedMember, tensor: torch.Tensor) -> None:
         source = host_copy_of(tensor)
-        if is_guarded(staged.tensor):
+        if any(tensor is staged.tensor for tensor in unit.read_only):
             move_out(self, unit, staged.entry, current_stream(self.device))
         self.ring.driver.stream_synchronize(current_stream(self.device))
         self.ring.before_host_write(unit.name)
-        home_tensor(unit.slab.host_view(staged.entry), staged.member).copy_(source)
+        copy_elements(home_tensor(unit.slab.host_view(staged.entry), staged.member), source)
         self.ring.changed(unit.name)
         torch.autograd.graph.increment_version(staged.member.of_module[1])
         staged.version = staged.member.version
@@ -297,6 +348,16 @@ class Stager:
             if not self.ring.closed:
                 self.ring.check_uncaptured("closed")
 
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Keep every unit from running for the length of a block; SlotError, before it, where one runs already.
+
+        While one runs its tensors are in a slot, as those of others were: by their addresses they would seem tied.
+        """
+        with self.lock:
+            self.check_closable()
+            yield
+
     def close(self) -> None:
         """End staging, and let go of slots and homes at once: the garbage collector may come much later.
 
@@ -309,6 +370,8 @@ class Stager:
             self.check_closable()
             self.backward.abandon()
             self.ring.close()
+            while self._hooks:
+                self._hooks.pop().remove()
             for unit in self.units.values():
                 unit.release()
             self.units.clear()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,23 +18,47 @@ if TYPE_CHECKING:
     from .staging import Stager
     from .units import StagedMember, StagedUnit
 
-__all__ = ["guard_state_dicts"]
+__all__ = ["Homes", "Saving", "guard_state_dicts", "homes_of"]
 
 
 def guard_state_dicts(stager: Stager, units: Iterable[StagedUnit]) -> list[RemovableHandle]:
     """Make `state_dict` of every module that holds staged tensors return their homes while the unit runs."""
+    return [
+        module.register_state_dict_post_hook(homes)  # type: ignore[no-untyped-call]
+        for module, homes in homes_of(stager, units).items()
+    ]
+
+
+def homes_of(stager: Stager, units: Iterable[StagedUnit]) -> dict[nn.Module, Homes]:
+    """For every module that holds staged tensors, what puts their homes into a state_dict."""
     held: dict[nn.Module, list[tuple[str, StagedUnit, StagedMember]]] = {}
     for unit in units:
         for staged in unit.members:
             for module, attribute, _ in staged.member.places:
                 held.setdefault(module, []).append((attribute, unit, staged))
-    return [
-        module.register_state_dict_post_hook(_Homes(stager, tensors))  # type: ignore[no-untyped-call]
-        for module, tensors in held.items()
-    ]
+    return {module: Homes(stager, tensors) for module, tensors in held.items()}
 
 
-class _Homes:
+class Saving:
+    """Stands in the place of a module's `_save_to_state_dict`: no unit is left while a view of its slot is in the dict.
+
+    Another thread would take that for a view that outlives its unit's forward.
+    """
+
+    def __init__(self, module: nn.Module, homes: Homes) -> None:
+        self.module = module
+        self.homes = homes
+        self.save: Callable[[dict[str, Any], str, bool], None] = module._save_to_state_dict
+
+    def __call__(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        with self.homes.stager.lock:
+            self.save(destination, prefix, keep_vars)
+            self.homes(self.module, destination, prefix, {})
+
+
+class Homes:
+    """Puts homes in the place of what lies in slots."""
+
     def __deepcopy__(self, memo: dict[int, Any]) -> LeftOut:
         return LeftOut(None)
 

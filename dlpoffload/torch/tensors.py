@@ -16,6 +16,8 @@ from ..view import View
 __all__ = [
     "Place",
     "bytes_of",
+    "check_update",
+    "copy_elements",
     "current_stream",
     "empty_bytes",
     "host_copy_of",
@@ -161,6 +163,30 @@ def place_of(tensor: torch.Tensor) -> Place:
 def host_copy_of(tensor: torch.Tensor) -> torch.Tensor:
     """Copy a tensor to the CPU: never the tensor itself, which may share bytes with what it is written to."""
     return tensor.detach().to("cpu", copy=True)
+
+
+def check_update(name: str, current: torch.Tensor, tensor: object) -> None:
+    """Raise the SpecError of values that cannot be written over a tensor."""
+    if not isinstance(tensor, torch.Tensor):
+        raise SpecError(f'the update of "{name}" is a {type(tensor).__name__}; give a torch.Tensor')
+    if tensor.is_meta or tensor.layout is not torch.strided:
+        what = "on meta, and has no bytes" if tensor.is_meta else str(tensor.layout)
+        raise SpecError(f'the update of "{name}" is {what}; give a dense tensor')
+    if tensor.shape != current.shape or tensor.dtype != current.dtype:
+        raise SpecError(
+            f'"{name}" is {current.dtype}{list(current.shape)}, but the update is '
+            f"{tensor.dtype}{list(tensor.shape)}; shape and dtype must be equal"
+        )
+    if any(stride == 0 and length > 1 for length, stride in zip(current.shape, current.stride(), strict=True)):
+        raise SpecError(f'"{name}" has strides {current.stride()}, so that elements share bytes; replace it instead')
+
+
+def copy_elements(target: torch.Tensor, source: torch.Tensor) -> None:
+    """``target.copy_(source)``, also where elements share bytes as those of an expanded tensor do: both alike."""
+    for dim, (length, stride) in enumerate(zip(target.shape, target.stride(), strict=True)):
+        if stride == 0 and length > 1:
+            target, source = target.narrow(dim, 0, 1), source.narrow(dim, 0, 1)
+    target.copy_(source)
 
 
 def overwrite(target: torch.Tensor, source: torch.Tensor) -> None:

@@ -36,6 +36,8 @@ class StagedMember:
         Torch's count of in-place writes when we looked last.
     generation : int
         How often the bytes changed; what autograd saved before refers to older ones.
+    home_place : Place
+        Where its home is in the slab: where `home` is, unless somebody moved that (``share_memory_``).
     tensor : torch.Tensor
         The Parameter or buffer object.
     keepers : tuple of torch.nn.Module
@@ -49,11 +51,13 @@ class StagedMember:
     home: torch.Tensor
     version: int
     generation: int = 0
+    home_place: Place = field(init=False)
     tensor: torch.Tensor = field(init=False)
     keepers: tuple[nn.Module, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         self.tensor = self.member.tensor
+        self.home_place = place_of(self.home)
         small = self.tensor.is_floating_point() and self.member.spec.nbytes <= _STATISTIC_NBYTES
         places = self.member.places if small else []
         self.keepers = tuple(module for module, attribute, _ in places if attribute in module._buffers)
@@ -61,7 +65,7 @@ class StagedMember:
     @property
     def at_home(self) -> bool:
         """Whether the tensor has the bytes that we gave it between uses."""
-        return place_of(self.tensor) == place_of(self.home)
+        return place_of(self.tensor) == self.home_place
 
     @property
     def written_unseen(self) -> bool:
@@ -158,7 +162,7 @@ class StagedUnit:
 
     def give_home(self, staged: StagedMember, home: torch.Tensor) -> None:
         """Let a member be at home in other bytes from now on."""
-        staged.home = home
+        staged.home, staged.home_place = home, place_of(home)
         self.homes.replace(self.members.index(staged), home)
 
     def release(self) -> None:

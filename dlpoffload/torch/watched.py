@@ -9,6 +9,7 @@ costs one copy more.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar, NoReturn, cast
@@ -22,10 +23,12 @@ __all__ = [
     "READ_ONLY",
     "attributes_of",
     "exchange_data",
+    "forget_given",
     "former_class",
     "is_noted",
     "is_watched",
     "plain_data",
+    "rewatch",
     "unwatch",
     "was_read",
     "watch",
@@ -33,6 +36,7 @@ __all__ = [
     "written_as_data",
 ]
 
+_NEW_PARAMETER = nn.Parameter.__new__.__code__
 _DATA = cast(Any, torch._C.TensorBase).data
 _READ = "_dlpoffload_read"
 _GIVEN = "_dlpoffload_given"
@@ -69,6 +73,13 @@ class _Watched:
         self.__dict__[_READ] = True
         _DATA.__set__(self, value)
 
+    def detach(self) -> torch.Tensor:
+        """As ever; but where `nn.Parameter` makes one of this tensor it asks for the tensor's own class."""
+        made: torch.Tensor = super().detach()  # type: ignore[misc]
+        if not torch.compiler.is_compiling() and sys._getframe(1).f_code is _NEW_PARAMETER:
+            made.__class__ = cast(Any, type(self))
+        return made
+
     def share_memory_(self) -> NoReturn:
         """Refuse: torch would copy the bytes into memory of its own, and this tensor would be offloaded no more."""
         raise OffloadError("an offloaded tensor cannot be moved to shared memory; restore_() the module first")
@@ -102,14 +113,25 @@ def watched_class(kind: type) -> type:
 
 def watch(tensor: torch.Tensor) -> None:
     """Exchange a tensor's class. Only plain tensors and Parameters (and subclasses without a layout of their own)."""
-    kind = type(tensor)
-    tensor.__dict__[_FORMER] = kind
+    tensor.__dict__[_FORMER] = kind = former_class(tensor)
     tensor.__class__ = watched_class(kind)
 
 
 def is_watched(tensor: torch.Tensor) -> bool:
     """Whether a tensor is one of an offloaded module."""
     return _FORMER in tensor.__dict__
+
+
+def rewatch(tensor: torch.Tensor) -> bool:
+    """Watch a tensor again that somebody gave another class (`torch.utils.swap_tensors`): whether that was so.
+
+    What happened to its bytes until now nobody saw, so it counts as read.
+    """
+    if is_watched(tensor):
+        return False
+    watch(tensor)
+    tensor.__dict__[_READ] = True
+    return True
 
 
 def unwatch(tensor: torch.Tensor) -> None:
@@ -123,8 +145,11 @@ def unwatch(tensor: torch.Tensor) -> None:
 
 
 def former_class(tensor: torch.Tensor) -> type:
-    """The class that a tensor had before it was watched."""
-    return cast(type, tensor.__dict__.get(_FORMER, type(tensor)))
+    """The class that a tensor had before it was watched, or that what it was made of had (``type(weight)(new)``)."""
+    kind = cast(type, tensor.__dict__.get(_FORMER, type(tensor)))
+    while issubclass(kind, _Watched):
+        kind = kind.__bases__[-1]
+    return kind
 
 
 def attributes_of(tensor: torch.Tensor) -> dict[str, Any]:
@@ -133,9 +158,9 @@ def attributes_of(tensor: torch.Tensor) -> dict[str, Any]:
 
 
 def is_noted(tensor: torch.Tensor) -> bool:
-    """Whether ``.data`` was read or set, now or before: whether the two below are worth asking."""
+    """Whether ``.data`` was read or set, now or before, or the tensor is watched no more: whether to look closer."""
     notes = tensor.__dict__
-    return _READ in notes or _GIVEN in notes
+    return _READ in notes or _GIVEN in notes or _FORMER not in notes
 
 
 def was_read(tensor: torch.Tensor) -> bool:
@@ -159,6 +184,12 @@ def plain_data(tensor: torch.Tensor) -> torch.Tensor:
 
 def exchange_data(tensor: torch.Tensor, value: torch.Tensor, *, forget: bool = False) -> None:
     """``tensor.data = value``, without a note. `forget` what ``.data`` gave out of the bytes that it had."""
-    if forget and (given := tensor.__dict__.get(_GIVEN)):
-        given.pop(tensor.data_ptr(), None)
+    if forget:
+        forget_given(tensor, tensor.data_ptr())
     _DATA.__set__(tensor, value)
+
+
+def forget_given(tensor: torch.Tensor, address: int) -> None:
+    """Forget what ``.data`` gave out of the bytes at an address."""
+    if given := tensor.__dict__.get(_GIVEN):
+        given.pop(address, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -40,6 +41,11 @@ class WrappedForward:
         self.module = module
         self.installed = False
         self.inside_another = False
+
+    @property
+    def __code__(self) -> Any:
+        # torch.export asks a forward for it.
+        return cast(Any, inspect.unwrap(self.inner)).__code__
 
     def install(self) -> None:
         """Take the place of the module's forward as it is now, or act again inside of what somebody wrapped around."""

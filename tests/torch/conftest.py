@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -41,6 +42,20 @@ def quick_collections() -> Iterator[None]:
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def adversary() -> Iterator[None]:
+    """``DLPOFFLOAD_ADVERSARY=3``: every test that asks for no CPU driver of its own runs on one that is adversarial."""
+    seed = os.environ.get("DLPOFFLOAD_ADVERSARY")
+    if seed is None:
+        yield
+        return
+    made = CpuDriver(adversary=int(seed))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drivers, "_open_cpu", lambda: made)
+        yield
+        made.synchronize()
 
 
 @pytest.fixture

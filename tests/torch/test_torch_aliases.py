@@ -12,6 +12,8 @@ torch = pytest.importorskip("torch")
 
 from models import Tower, same  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
+from torch._subclasses import FakeTensorMode  # noqa: E402
+from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
 import dlpoffload as dlpo  # noqa: E402
@@ -89,6 +91,73 @@ def test_data_that_is_the_same_bytes_in_other_strides(device: str, policy: str, 
     if then == "run":
         handle.restore_()
         check(module.to(device), reference, device)
+
+
+class Normalising(Block):
+    """Sets its weight's data anew in its own forward, as layers on a sphere do."""
+
+    def forward(self, x: Tensor) -> Any:
+        self.w.data = functional.normalize(self.w.data * 0.5, dim=1)
+        return super().forward(x)
+
+
+def test_data_computed_of_itself_inside_of_a_forward(device: str) -> None:
+    module, reference, handle = pair(device, kind=Normalising)
+    check(module, reference, device)
+    assert all(same(module.state_dict()[name], t) for name, t in reference.state_dict().items())
+    assert handle.report(link=False).adopted == tuple(f"layers.{i}.w" for i in range(5))
+
+
+def _swap(module: nn.Module, first: int, second: int) -> None:
+    one, other = module.layers[first].w, module.layers[second].w
+    one.data, other.data = other.data, one.data
+
+
+def _tie(module: nn.Module, first: int, second: int) -> None:
+    module.layers[first].w.data = module.layers[second].w.data
+
+
+@policies
+@pytest.mark.parametrize("give", [_swap, _tie])
+@pytest.mark.parametrize("at", [(1, 3), (3, 1)])
+def test_data_of_another_offloaded_tensor(
+    at: tuple[int, int], give: Callable[[nn.Module, int, int], None], policy: str, device: str
+) -> None:
+    module, reference, handle = pair(device, policy)
+    check(module, reference, device)
+    for each in (module, reference):
+        give(each, *at)
+    if policy == "staged":
+        with torch.no_grad(), pytest.raises(AliasError, match=r"refresh_\(\)"):
+            module(vector(0, device))
+        handle.refresh_()
+    check(module, reference, device)
+    with torch.no_grad():
+        for each in (module, reference):
+            each.layers[at[0]].w.mul_(0.5)
+    check(module, reference, device)
+    handle.refresh_()
+    check(module, reference, device)
+    handle.restore_()
+    check(module.cpu(), reference.cpu(), "cpu")
+
+
+class Turning(nn.Module):
+    """Exchanges the data of two weights of its own in its forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = (nn.Parameter(torch.randn(WIDTH, WIDTH) / 6) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.a.data, self.b.data = self.b.data, self.a.data
+        return torch.tanh(functional.linear(functional.linear(x, self.a), self.b))
+
+
+def test_data_exchanged_inside_of_a_forward(device: str) -> None:
+    module, _reference, _handle = pair(device, kind=Turning)
+    with torch.no_grad(), pytest.raises(AliasError, match="was given the bytes"):
+        module(vector(0, device))
 
 
 def test_data_of_another_shape_or_dtype_is_refused(device: str) -> None:
@@ -267,6 +336,69 @@ def test_transforms_of_torch_func_are_refused_before_anything_moved(device: str)
         check(module, reference, device)
     assert all(torch.isfinite(value).all() for value in module.state_dict().values())
     handle.restore_()
+
+
+def _on_fake_tensors(module: nn.Module, x: Tensor) -> Any:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return module(torch.empty(3, WIDTH, device=x.device))
+
+
+TRACERS: list[Callable[[nn.Module, Tensor], Any]] = [
+    lambda module, x: torch.jit.trace(module, (x,)),
+    lambda module, x: torch.jit.script(module),
+    lambda module, x: make_fx(module)(x),
+    _on_fake_tensors,
+]
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch.jit, which is on its way out
+@pytest.mark.parametrize("tracer", TRACERS, ids=["trace", "script", "make_fx", "fake"])
+def test_what_would_record_a_slot_is_refused_before_anything_moved(tracer: Any, device: str) -> None:
+    module, reference, handle = pair(device)
+    for _ in range(2):
+        with torch.no_grad(), pytest.raises(OffloadError, match="restore_"):
+            tracer(module, vector(0, device))
+        check(module, reference, device)
+    report = handle.report(link=False)
+    assert report.stats.mapped_runs == 0
+    assert report.adopted == report.replaced == ()
+    handle.restore_()
+    check(module, reference.cpu(), "cpu")
+
+
+def test_a_mapped_module_is_exported(device: str) -> None:
+    module, reference, _handle = pair(device, "mapped")
+    exported = torch.export.export(module, (vector(0, device),)).module()
+    check(exported, reference, device)
+    check(module, reference, device)
+
+
+class Learning(Block):
+    """Takes a gradient by torch.func in its own forward, as layers that learn at test time do."""
+
+    def forward(self, x: Tensor) -> Any:
+        return x - torch.func.grad(lambda v: functional.linear(v, self.w).square().sum())(x)
+
+
+@policies
+def test_torch_func_inside_of_a_unit(policy: str, device: str) -> None:
+    module, reference, _handle = pair(device, policy, Learning)
+    check(module, reference, device)
+    if policy == "staged":
+        with pytest.raises(OffloadError, match=r"saved tensor hooks.*no_grad"):
+            module(vector(0, device))
+    else:
+        assert same(module(vector(0, device)), reference(vector(0, device)))
+    check(module, reference, device)
+
+
+def test_where_hooks_on_saved_tensors_are_disabled(device: str) -> None:
+    module, reference, _handle = pair(device)
+    with torch.autograd.graph.disable_saved_tensors_hooks("not now"):
+        with pytest.raises(OffloadError, match=r"not now.*no_grad"):
+            module(vector(0, device))
+        check(module, reference, device)
+    assert same(module(vector(0, device)), reference(vector(0, device)))
 
 
 # ------------------------------------------------------------------------------------------ refused, and said

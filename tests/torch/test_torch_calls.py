@@ -315,9 +315,11 @@ def test_outputs_that_alias_a_slot_stay_right(device: str) -> None:
 # --------------------------------------------------------------------------------------------------- threads
 
 
+@pytest.mark.parametrize("adversary", [None, 1])
 @pytest.mark.parametrize("slots", [1, 2, 3])
 @pytest.mark.parametrize("threads", [2, 4])
-def test_threads_on_one_model(threads: int, slots: int) -> None:
+def test_threads_on_one_model(threads: int, slots: int, adversary: int | None, cpu_driver) -> None:
+    cpu_driver(adversary=adversary)
     tower = Tower(6, width=24)
     reference, handle = streamed(tower, "cpu", slots=slots)
     errors: list[BaseException] = []

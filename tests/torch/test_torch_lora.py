@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +13,12 @@ import pytest
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
+hotswap_adapter = pytest.importorskip("peft.utils.hotswap").hotswap_adapter
 
 from models import distinct_nbytes, same  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from dlpoffload.errors import GradientError  # noqa: E402
+from dlpoffload.errors import AliasError, GradientError  # noqa: E402
 from dlpoffload.planning import Placement, all_mapped, all_staged  # noqa: E402
 from dlpoffload.torch import OffloadHandle, offload_  # noqa: E402
 
@@ -46,10 +48,10 @@ def transformer(kind: str) -> nn.Module:
     return transformers.LlamaForCausalLM(config).eval()
 
 
-def attached(model: nn.Module, kind: str, seed: int = 1, name: str = "default") -> Any:
+def attached(model: nn.Module, kind: str, seed: int = 1, name: str = "default", rank: int = 4) -> Any:
     torch.manual_seed(seed)
     config = peft.LoraConfig(
-        r=4, target_modules=TARGETS[kind], init_lora_weights=False, fan_in_fan_out=kind == "gpt2", lora_dropout=0.0
+        r=rank, target_modules=TARGETS[kind], init_lora_weights=False, fan_in_fan_out=kind == "gpt2", lora_dropout=0.0
     )
     if isinstance(model, peft.PeftModel):
         model.add_adapter(name, config)
@@ -158,6 +160,39 @@ def test_refreshed_after_attaching(kind: str, device: str) -> None:
     check(model, reference, device)
     with pytest.raises(GradientError, match="lora_"):
         model(tokens(device), labels=tokens(device)).loss.backward()
+
+
+@pytest.mark.parametrize("rank", [4, 8])
+@pytest.mark.parametrize("mode", ["planned", "staged"])
+@pytest.mark.parametrize("first", ["offloaded", "attached"])
+def test_hot_swapped_in_place(first: str, mode: str, rank: int, kind: str, device: str, tmp_path: Path) -> None:
+    """peft's own hot swap writes by ``.data``, and swaps tensors where the rank grows."""
+    donor = attached(transformer(kind), kind, seed=3, rank=rank)
+    donor.save_pretrained(tmp_path)
+    model = transformer(kind)
+    reference = attached(copy.deepcopy(model), kind).to(device)
+    if first == "offloaded":
+        handle = MODES[mode](model, device)
+        model = attached(model, kind).to(device)
+    else:
+        model = attached(model, kind)
+        handle = MODES[mode](model, device)
+    plain = check(model, reference, device)
+    for each in (model, reference):
+        hotswap_adapter(each, tmp_path, "default", torch_device=device)
+    if rank == 8 and first == "attached":
+        with contextlib.suppress(AliasError):  # where it was staged
+            check(model, reference, device)
+        handle.refresh_()
+    assert not same(check(model, reference, device), plain)
+    for write in (2.0, -0.25):
+        for each in (model, reference):
+            for name, parameter in each.named_parameters():
+                if "lora_" in name:
+                    parameter.data.mul_(write)
+        check(model, reference, device)
+    found, wanted = (each.merge_and_unload() for each in (model, reference))
+    check(found, wanted, device)
 
 
 def test_a_training_loop_with_checkpoints(kind: str, device: str) -> None:

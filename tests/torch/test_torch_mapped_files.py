@@ -353,6 +353,31 @@ def test_reads_are_as_ever(placement: str, device: str, tmp_path: Path) -> None:
 
 
 @everywhere
+def test_a_swapped_tensor_moves_out_before_it_is_written(placement: str, device: str, tmp_path: Path) -> None:
+    mapped = Mapped(placement, device, tmp_path)
+    mapped.check()
+    for module in (mapped.tower, mapped.reference):
+        weight = module.get_parameter(WEIGHT)
+        torch.utils.swap_tensors(weight, nn.Parameter(torch.ones_like(weight)))
+    mapped.check()
+    assert mapped.moved == ((WEIGHT,) if placement == "staged" else ())
+    for module in (mapped.tower, mapped.reference):
+        module.get_parameter(WEIGHT).data.mul_(2)
+    mapped.check()
+
+
+@everywhere
+def test_a_parameter_made_of_a_mapped_one_is_read_only_too(placement: str, device: str, tmp_path: Path) -> None:
+    mapped = Mapped(placement, device, tmp_path)
+    made = nn.Parameter(mapped.tower.get_parameter(WEIGHT), requires_grad=False)
+    assert isinstance(made, nn.Parameter)
+    assert made.data_ptr() == mapped.tower.get_parameter(WEIGHT).data_ptr()
+    with pytest.raises(AliasError, match="read-only"):
+        made.add_(1)
+    mapped.check()
+
+
+@everywhere
 def test_a_state_dict_is_read_only_and_its_copies_are_not(placement: str, device: str, tmp_path: Path) -> None:
     mapped = Mapped(placement, device, tmp_path)
     weights = mapped.tower.state_dict()

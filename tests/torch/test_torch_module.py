@@ -311,6 +311,30 @@ def test_copies_keep_classes_attributes_and_hooks(device: str) -> None:
     check(tower, reference, device)
 
 
+@pytest.mark.parametrize("policy", [all_staged, all_mapped], ids=lambda policy: policy.__name__)
+def test_copies_of_expanded_tensors(policy: Any, device: str) -> None:
+    class Expanded(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(32, 32)
+            self.register_buffer("row", torch.randn(32).expand(3, 32))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.row
+
+    tower = Tower(5)
+    for layer in tower.layers:
+        layer.b = nn.Sequential(layer.b, Expanded())
+    options = {"policy": policy, "units": LAYERS if policy is all_staged else None}
+    tower, reference, _handle = pair(device, tower, **options)
+    check(tower, reference, device)
+    copied = copy.deepcopy(tower)
+    check(copied, reference, device)
+    assert copied.layers[1].b[1].row.stride() == (0, 1)
+    for each in (copied, reference):
+        each.layers[1].b[1].row.data = torch.ones(32, device=device).expand(3, 32)
+    check(copied, reference, device)
+
+
 def test_a_copy_takes_what_was_written_and_not_used_yet(device: str) -> None:
     tower, reference, _handle = pair(device)
     for module in (tower, reference):
@@ -409,6 +433,41 @@ def test_ties_made_and_broken(device: str) -> None:
     assert module.layers[3].up.weight is module.layers[1].up.weight
     handle.update("layers.3.up.weight", torch.ones_like(module.layers[3].up.weight))
     assert bool((module.layers[1].up.weight == 1).all())
+
+
+def _wrapped(weight: Tensor) -> Tensor:
+    return nn.Parameter(weight, requires_grad=False)
+
+
+def _of_its_class(weight: Tensor) -> Tensor:
+    return type(weight)(weight.detach() * 2, requires_grad=False)
+
+
+@pytest.mark.parametrize("make", [_wrapped, _of_its_class], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("policy", [all_staged, all_mapped], ids=lambda policy: policy.__name__)
+def test_parameters_made_of_an_offloaded_one(make: Callable[[Tensor], Tensor], policy: Any, device: str) -> None:
+    options = {"policy": policy, "units": LAYERS if policy is all_staged else None}
+    tower, reference, handle = pair(device, **options)
+    for each in (tower, reference):
+        each.layers[3].a.weight = make(each.layers[1].a.weight)
+        assert isinstance(each.layers[3].a.weight, nn.Parameter)
+        assert not each.layers[3].a.weight.requires_grad
+        assert type(each.layers[1].a.weight.detach()) is Tensor
+    aliases = tower.layers[3].a.weight.data_ptr() == tower.layers[1].a.weight.data_ptr()
+    assert aliases == (make is _wrapped)
+    check(tower, reference, device)
+    for step in ("before", "after"):
+        with torch.no_grad():
+            for each in (tower, reference):
+                each.layers[3].a.weight.mul_(1.5)
+                each.layers[1].a.weight.sub_(0.125)
+        check(tower, reference, device)
+        if step == "before":
+            handle.refresh_()
+            assert ("layers.3.a.weight" in handle.plan.specs) == (make is not _wrapped)
+    check(copy.deepcopy(tower), reference, device)
+    handle.restore_()
+    assert {type(parameter) for parameter in tower.parameters()} == {nn.Parameter}
 
 
 def test_repacked_weights_of_another_dtype(device: str) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -25,8 +27,10 @@ from dlpoffload.errors import (  # noqa: E402
 )
 from dlpoffload.planning import Placement  # noqa: E402
 from dlpoffload.torch import OffloadHandle, offload_  # noqa: E402
+from dlpoffload.torch import offloading as offloading_module  # noqa: E402
 from dlpoffload.torch import placed as placed_module  # noqa: E402
 from dlpoffload.torch.offloading import Offloading  # noqa: E402
+from dlpoffload.torch.tree import collect  # noqa: E402
 
 SOME = [case for case in CASES if case.name in ("decoder_tied", "encoder_decoder", "mixture", "odd_tensors", "unet")]
 some = pytest.mark.parametrize("case", SOME, ids=lambda case: case.name)
@@ -214,6 +218,38 @@ def test_refused_inside_of_a_unit(device: str) -> None:
     check(module, reference, device)
 
 
+@pytest.mark.parametrize("act", ["resize", "sleep", "refresh"])
+def test_no_unit_runs_while_the_module_is_looked_over(act: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the addresses of slots, tensors would seem to share bytes."""
+    module, reference, handle = tower("cpu", "200KiB")
+    found: list[Any] = []
+    started: list[threading.Thread] = []
+
+    def call() -> None:
+        try:
+            with torch.no_grad():
+                found.append(module(vector(0, "cpu")))
+        except (ClosedError, OffloadError) as error:
+            found.append(error)
+
+    def looking(*args: Any, **options: Any) -> Any:
+        if not started:
+            started.append(threading.Thread(target=call))
+            started[0].start()
+            started[0].join(0.3)
+            assert started[0].is_alive()
+        return collect(*args, **options)
+
+    with monkeypatch.context() as patch, contextlib.suppress(SlotError):  # by then it may run
+        patch.setattr(offloading_module, "collect", looking)
+        {"resize": lambda: handle.resize_("240KiB"), "sleep": handle.sleep, "refresh": handle.refresh_}[act]()
+    started[0].join()
+    with torch.no_grad():
+        assert isinstance(found[0], OffloadError | ClosedError) or same(found[0], reference(vector(0, "cpu")))
+    handle.wake()
+    check(module, reference, "cpu")
+
+
 @pytest.mark.parametrize("act", ["resize", "sleep", "wake"])
 @pytest.mark.parametrize("at", range(6))
 def test_memory_that_is_refused_changes_nothing(
@@ -256,6 +292,67 @@ def test_memory_that_is_refused_changes_nothing(
         acts[act]()
     if act == "sleep":
         handle.wake()
+    check(module, reference, device)
+
+
+def _append(module: nn.Module) -> None:
+    torch.manual_seed(9)
+    device = next(iter(module.parameters())).device
+    module.layers.append(copy.deepcopy(Tower(1, 48).layers[0]).to(device))
+
+
+def _remove(module: nn.Module) -> None:
+    del module.layers[2]
+
+
+def _double(module: nn.Module) -> None:
+    module.load_state_dict({name: value.double() for name, value in module.state_dict().items()}, assign=True)
+
+
+@pytest.mark.parametrize("when", ["before", "asleep"])
+@pytest.mark.parametrize("become", [_append, _remove, _double])
+def test_a_module_that_became_another_sleeps_and_wakes(
+    become: Callable[[nn.Module], None], when: str, device: str
+) -> None:
+    module, reference, handle = tower(device, "200KiB")
+    become(reference)
+    if when == "before":
+        become(module)
+    handle.sleep()
+    if when == "asleep":
+        become(module)
+    handle.wake()
+    assert set(handle.plan.specs) == {name for name, _ in reference.named_parameters()}
+    x = vector(0, device).to(next(reference.parameters()).dtype)
+    with torch.no_grad():
+        assert same(module(x), reference(x))
+    assert handle.report(link=False).stats.copies > 0
+
+
+@pytest.mark.parametrize("at", range(6))
+def test_a_module_that_became_another_is_callable_after_refused_memory(
+    at: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, reference, handle = tower(device, "200KiB")
+    for each in (module, reference):
+        _append(each)
+    real, left = placed_module.from_dlpack, at
+
+    def refusing(*args: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left == -1:
+            raise MemoryError("refused")
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(placed_module, "from_dlpack", refusing)
+        with pytest.raises(MemoryError):
+            handle.sleep()
+    assert not handle.asleep
+    check(module, reference, device)
+    handle.sleep()
+    handle.wake()
     check(module, reference, device)
 
 

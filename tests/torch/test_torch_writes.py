@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +17,9 @@ torch = pytest.importorskip("torch")
 from models import Normalised, Tower, assert_same, case_of, distinct_nbytes, run, same, tensors_of  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.func import functional_call  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
-from dlpoffload.errors import AliasError, ClosedError, OffloadError, SlotError, SpecError  # noqa: E402
+from dlpoffload.errors import AliasError, ClosedError, GradientError, OffloadError, SlotError, SpecError  # noqa: E402
 from dlpoffload.planning import Placement, all_mapped, all_staged, pattern_policy  # noqa: E402
 from dlpoffload.torch import OffloadHandle, offload_  # noqa: E402
 
@@ -35,6 +39,8 @@ def placed(
     reference = copy.deepcopy(tower).to(device)
     if placement != "mapped":
         options["units"] = ["layers.*"]
+    if placement == "staged":
+        options.setdefault("slots", 4)  # one for each unit, so that what is not invalidated is used again
     handle = offload_(tower, "64MiB", device=device, policy=PLACEMENTS[placement], **options)
     with torch.no_grad():
         assert same(tower(vector(0, device)), reference(vector(0, device)))
@@ -258,6 +264,40 @@ def test_state_dict_at_any_time(device: str) -> None:
     assert all(state["layers.0.a.weight"] is tower.layers[0].a.weight for state in kept_vars)
 
 
+@pytest.mark.parametrize("name", ["decoder_tied", "odd_tensors", "encoder_decoder"])
+def test_saved_and_loaded_by_files(name: str, device: str, tmp_path: Path) -> None:
+    """Files are those of a resident model: no slab, and no tensor twice."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    case = case_of(name)
+    module, reference = case.model(), case.model().to(device)
+    handle = offload_(module, max(distinct_nbytes(module) * 3 // 10, 300_000), device=device)
+    inputs = case.inputs(0, device)
+    files = [tmp_path / "offloaded", tmp_path / "reference"]
+    for each, file in zip((module, reference), files, strict=True):
+        torch.save({key: tensor.cpu() for key, tensor in each.state_dict().items()}, file)
+    assert files[0].stat().st_size <= files[1].stat().st_size
+    saved = torch.load(files[0])
+    assert all(same(saved[key], tensor.cpu()) for key, tensor in reference.state_dict().items())
+    if name != "odd_tensors":  # safetensors has no complex numbers
+        with torch.no_grad():
+            for each in (module, reference):
+                for parameter in each.parameters():
+                    parameter.add_(1)
+        safetensors.save_model(module, str(files[0]))
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.zero_()
+        safetensors.load_model(module, str(files[0]), device=device)
+    with torch.no_grad():
+        assert_same(run(module, inputs), run(reference, inputs))
+    saved = {key: tensor for key, tensor in saved.items() if "expanded" not in key}  # torch loads into no such tensor
+    for each in (module, reference):
+        each.load_state_dict(saved, strict=False)
+    with torch.no_grad():
+        assert_same(run(module, inputs), run(reference, inputs))
+    assert handle.report(link=False).adopted == ()
+
+
 def test_state_dict_in_the_middle_of_a_write() -> None:
     tower = Tower(0)
     tower.layers.extend(Counting() for _ in range(3))
@@ -275,6 +315,39 @@ def test_state_dict_in_the_middle_of_a_write() -> None:
     for found, wanted in zip(taken["offloaded"], taken["resident"], strict=True):
         for name, tensor in wanted.items():
             assert same(found[name], tensor), name
+
+
+def test_state_dict_on_another_thread_while_a_unit_is_left() -> None:
+    """What it has of the slot for a moment is no view that outlives the unit's forward."""
+    inside, left = threading.Event(), threading.Event()
+
+    class Pausing(nn.Linear):
+        def _save_to_state_dict(self, *args: Any) -> None:
+            super()._save_to_state_dict(*args)
+            if threading.current_thread() is saving and self is tower.layers[2].a:
+                inside.set()
+                left.wait(0.3)
+
+    tower = Tower(4)
+    tower.layers[2].a.__class__ = Pausing
+    tower, reference, _handle = placed("staged", "cpu", tower)
+    states: list[dict[str, Tensor]] = []
+    saving = threading.Thread(target=lambda: states.append(tower.state_dict()))
+
+    def start(*_: Any) -> None:
+        saving.start()
+        assert inside.wait(30)
+
+    hook = tower.layers[2].b.register_forward_hook(start)
+    with torch.no_grad():
+        found = tower(vector(1, "cpu"))
+    left.set()
+    saving.join()
+    hook.remove()
+    with torch.no_grad():
+        assert same(found, reference(vector(1, "cpu")))
+    assert all(same(states[0][name], tensor) for name, tensor in reference.state_dict().items())
+    check(tower, reference, "cpu")
 
 
 def test_names_are_what_they_were(device: str) -> None:
@@ -298,6 +371,51 @@ def test_update(placement: str, device: str) -> None:
             reference.layers[2].a.weight.copy_(values)
         values.zero_()
         check(tower, reference, device)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@everywhere
+def test_update_under_autocast_leaves_no_cast_of_old_values(placement: str, grad: bool, device: str) -> None:
+    tower, _reference, handle = placed(placement, device)
+    cast = torch.autocast(torch.device(device).type, torch.bfloat16)
+    x = vector(0, device)
+    with torch.set_grad_enabled(grad):
+        with cast:
+            before = tower(x)
+            handle.update("layers.2.a.weight", torch.ones(64, 32))
+            after = tower(x)
+        with cast:
+            assert same(after, tower(x))
+    assert not same(after, before)
+
+
+def test_autocast_keeps_no_casts_of_streamed_weights(device: str) -> None:
+    """It would keep one of every weight that requires a gradient, on the device, until its context ends."""
+    tower, reference, _handle = placed("staged", device)
+    kinds: list[Counter[str]] = []
+    with torch.no_grad(), torch.autocast(torch.device(device).type, torch.bfloat16):
+        for module in (tower, reference):
+            module(vector(0, device))
+            with _Casts() as casts:
+                module(vector(0, device))
+            kinds.append(casts.counted)
+        assert same(tower(vector(0, device)), reference(vector(0, device)))
+        assert torch.is_autocast_cache_enabled()
+    weights = 2 * len(tower.layers)
+    assert kinds[1]["_to_copy"] > 0
+    assert kinds[0]["_to_copy"] >= kinds[1]["_to_copy"] + weights  # none was kept from the step before
+
+
+class _Casts(TorchDispatchMode):
+    """Counts operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counted: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counted[func._opname] += 1
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("budget", [20, 110])
@@ -351,6 +469,14 @@ def test_update_refuses(device: str) -> None:
         handle.update("layers.2.a.weight", torch.zeros(32, 64))
     with pytest.raises(SpecError, match="shape and dtype"):
         handle.update("layers.2.a.weight", torch.zeros(64, 32, dtype=torch.float64))
+    for values, words in [
+        (torch.zeros(64, 32).tolist(), "is a list; give a torch.Tensor"),
+        (torch.zeros(64, 32, device="meta"), "on meta"),
+        (torch.zeros(64, 32).to_sparse(), "sparse_coo; give a dense"),
+    ]:
+        with pytest.raises(SpecError, match=words):
+            handle.update("layers.2.a.weight", values)
+    check(tower, reference, device)
     errors: list[BaseException] = []
 
     def late(*_: Any) -> None:
@@ -423,6 +549,125 @@ def test_data_replaced_and_updated_or_restored_at_once(placement: str, device: s
         linear(module).bias.data = torch.full((64,), 3.0, device=device)
     handle.restore_()
     check(tower.cpu(), reference.cpu(), "cpu")
+
+
+@contextlib.contextmanager
+def swapping() -> Iterator[None]:
+    """torch's own switch: load_state_dict swaps tensors instead of copying into them."""
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        yield
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+def _swap_in_new(module: nn.Module) -> None:
+    weight = linear(module).weight
+    torch.utils.swap_tensors(weight, nn.Parameter(torch.ones_like(weight), requires_grad=weight.requires_grad))
+
+
+def _swap_in_alias(module: nn.Module) -> None:
+    weight = linear(module).weight
+    torch.utils.swap_tensors(weight, nn.Parameter(weight.detach(), requires_grad=weight.requires_grad))
+
+
+def _load_by_swapping(module: nn.Module) -> None:
+    with swapping():
+        module.load_state_dict({name: tensor * 0.5 for name, tensor in module.state_dict().items()})
+
+
+def _assign_by_swapping(module: nn.Module) -> None:
+    with swapping():
+        module.load_state_dict({name: tensor * 0.5 for name, tensor in module.state_dict().items()}, assign=True)
+
+
+SWAPS = [_swap_in_new, _swap_in_alias, _load_by_swapping, _assign_by_swapping]
+
+
+@pytest.mark.parametrize("swap", SWAPS, ids=lambda swap: swap.__name__.strip("_"))
+@pytest.mark.parametrize("used_between", [True, False])
+@everywhere
+def test_swapped_tensors_are_watched_as_before(
+    placement: str, used_between: bool, swap: Callable[[nn.Module], None], device: str
+) -> None:
+    tower, reference, handle = placed(placement, device)
+    for module in (tower, reference):
+        swap(module)
+    for write in (1.5, -0.5):
+        if used_between:
+            check(tower, reference, device)
+        for module in (tower, reference):
+            linear(module).weight.data.mul_(write)
+    check(tower, reference, device)
+    held = [linear(module).weight.data for module in (tower, reference)]
+    check(tower, reference, device)
+    for alias in held:
+        alias.add_(1)
+    check(tower, reference, device)
+    if placement == "staged":
+        with pytest.raises(GradientError, match=r"layers\.2\.a\.weight"):
+            nn.functional.linear(vector(0, device), linear(tower).weight).sum().backward()
+    handle.restore_()
+    assert {type(parameter) for parameter in tower.parameters()} == {nn.Parameter}
+    check(tower.cpu(), reference.cpu(), "cpu")
+
+
+def test_swapped_inside_of_a_forward(device: str) -> None:
+    tower, reference, _handle = placed("staged", device)
+    for module in (tower, reference):
+
+        def swap(inside: nn.Module, inputs: Any) -> None:
+            new = nn.Parameter(torch.full_like(inside.weight, 0.25), requires_grad=inside.weight.requires_grad)
+            torch.utils.swap_tensors(inside.weight, new)
+
+        hook = linear(module).register_forward_pre_hook(swap)
+        with torch.no_grad():
+            module(vector(0, device))
+        hook.remove()
+    check(tower, reference, device)
+    for module in (tower, reference):
+        linear(module).weight.data.mul_(3)
+    check(tower, reference, device)
+
+
+@pytest.mark.parametrize("when", ["between", "inside"])
+@everywhere
+def test_memory_of_a_state_dict_that_is_shared_with_processes(placement: str, when: str) -> None:
+    """torch moves the storage, and with it all tensors over it; what torch.multiprocessing sends is moved so."""
+    tower, reference, handle = placed(placement, "cpu")
+
+    def share(*_: Any) -> None:
+        for tensor in tower.state_dict().values():
+            tensor.share_memory_()
+
+    def write(inside: nn.Module, inputs: Any) -> None:
+        with torch.no_grad():
+            inside.weight.mul_(0.5)
+
+    if when == "between":
+        share()
+    else:
+        hook = linear(tower).register_forward_pre_hook(share)
+        writes = [linear(module).register_forward_pre_hook(write) for module in (tower, reference)]
+        with torch.no_grad():
+            assert same(tower(vector(3, "cpu")), reference(vector(3, "cpu")))
+        for each in (hook, *writes):
+            each.remove()
+    check(tower, reference, "cpu")
+    with torch.no_grad():
+        for module in (tower, reference):
+            for parameter in module.parameters():
+                parameter.mul_(0.5)
+        check(tower, reference, "cpu")
+        for name, parameter in reference.named_parameters():
+            parameter.add_(1)
+            handle.update(name, parameter)
+    check(tower, reference, "cpu")
+    check(copy.deepcopy(tower), reference, "cpu")
+    handle.refresh_()
+    check(tower, reference, "cpu")
+    handle.restore_()
+    check(tower, reference, "cpu")
 
 
 @everywhere

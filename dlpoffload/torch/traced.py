@@ -1,0 +1,54 @@
+"""What runs a unit's forward only to look at it, or inside of a transform: parameters cannot be exchanged there."""
+
+from __future__ import annotations
+
+from typing import Final, NoReturn
+
+import torch
+
+from ..errors import OffloadError
+
+__all__ = ["refuse_script", "refuse_tracing", "said_of_hooks"]
+
+_KEYS: Final = torch._C._TorchDispatchModeKey
+_MODES: Final = {
+    _KEYS.FAKE: "on fake tensors (FakeTensorMode)",
+    _KEYS.PROXY: "by make_fx",
+    _KEYS.FUNCTIONAL: "inside of a functionalisation",
+}
+
+
+def refuse_tracing(unit: str) -> None:
+    """Raise OffloadError where a unit is entered by something that would see its slot, and not its weights."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise OffloadError(
+            f'unit "{unit}" was called inside of a torch.func transform (grad, vmap, jvp), under which '
+            "parameters cannot be exchanged; use torch.autograd, or restore_() the module first"
+        )
+    how = "by torch.jit.trace" if torch._C._is_tracing() else None
+    if how is None and torch._C._len_torch_dispatch_stack():
+        how = next((said for key, said in _MODES.items() if torch._C._get_dispatch_mode(key) is not None), None)
+    if how is not None:
+        raise OffloadError(
+            f'unit "{unit}" was called {how}, which would record a slot in the place of its weights; restore_() the '
+            "module first, or trace the model before it is offloaded"
+        )
+
+
+def refuse_script() -> NoReturn:
+    """The `__prepare_scriptable__` of an offloaded module."""
+    raise OffloadError(
+        "an offloaded module cannot be scripted: compiled code holds its tensors itself, so that none can be "
+        "exchanged; use torch.compile, or restore_() the module first"
+    )
+
+
+def said_of_hooks(unit: str, error: RuntimeError) -> RuntimeError | OffloadError:
+    """What a unit's forward raised; as OffloadError where it is that nobody may look at what autograd saves."""
+    disabled = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
+    if "saved tensor hooks" not in str(error) and (disabled is None or str(error) != disabled):
+        return error
+    return OffloadError(
+        f'unit "{unit}" is staged, so that what autograd saves of it must be hooked, which torch refuses here: {error} '
+        "Call it under torch.no_grad(), or map that unit or keep it on the device by a pattern_policy"
+    )
