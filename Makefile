@@ -90,7 +90,7 @@ soak: $(INSTALLED)
 	@$(RUN) tests/gpu/soak.py $(SOAK_ARGS)
 
 .PHONY: test
-test: lint types pytest soak
+test: lint types pytest
 
 .PHONY: demo
 demo: $(INSTALLED)

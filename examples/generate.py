@@ -1,4 +1,4 @@
-"""Hugging Face in one line: generate 200 tokens with 30 % of the weights on the device, the same tokens as resident.
+"""Hugging Face in one line: generate tokens with 30 % of the weights on the device, the same tokens as resident.
 
     python examples/generate.py [cuda:0 | cpu]
 
@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import dlpoffload as dlpo
 from dlpoffload.torch import offload_
 
-TOKENS = 200
+TOKENS = 64
 CONFIG = LlamaConfig(
     hidden_size=512,
     intermediate_size=1408,

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from spawned import answer_with_w
 
 from dlpoffload import HostStore, SlotRing, TensorSpec, memfile, open_shared, pinned_nbytes, share
 from dlpoffload.checkpoint import narrow
@@ -545,16 +546,11 @@ def test_a_descriptor_that_was_inherited(name: str, rng: Any) -> None:
         assert opener.ended() == "1234"
 
 
-def _spawned(name: str, answers: Any) -> None:
-    with open_shared(name, timeout_s=20) as checkpoint, HostStore.map_file(checkpoint.path, device="cpu") as store:
-        answers.put(bytes(store.host_view("w").memoryview()))
-
-
 def test_processes_of_multiprocessing_that_know_the_name(name: str) -> None:
     context = multiprocessing.get_context("spawn")
     answers = context.SimpleQueue()
     with share({"w": b"1234"}, name):
-        process = context.Process(target=_spawned, args=(name, answers))
+        process = context.Process(target=answer_with_w, args=(name, answers))
         process.start()
         process.join(60)
     assert process.exitcode == 0

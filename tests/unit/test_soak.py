@@ -101,6 +101,21 @@ sys.exit(soak.work(argparse.Namespace(seconds=30.0, device="cpu", seed=0, width=
 
 
 @pytest.mark.torch
+@pytest.mark.timeout(240)
+def test_a_minute_on_the_cpu_driver() -> None:
+    run = subprocess.run(
+        [sys.executable, str(SOAK), "--seconds", "60"],
+        env={**os.environ, "PYTHONPATH": str(Path(dlpoffload.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=220,
+        check=False,
+    )
+    assert run.returncode == 0, f"{run.stdout}\n{run.stderr}"
+    assert run.stdout.splitlines()[-1].startswith("right, flat: ")
+
+
+@pytest.mark.torch
 def test_a_byte_that_differs_ends_the_run_and_is_named() -> None:
     paths = (SOAK.parent, Path(dlpoffload.__file__).parents[1])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
