@@ -627,7 +627,8 @@ def test_an_interrupt_reaches_a_program_that_waits_for_nothing() -> None:
         [
             sys.executable,
             "-c",
-            "import dlpoffload as d, time\n"
+            "import dlpoffload as d, signal, time\n"
+            "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored if in the background
             "b = d.HostBuffer.allocate(100, device='cpu')\n"
             "try:\n"
             "    print('ready', flush=True)\n"

@@ -379,6 +379,7 @@ def forked():
         os._exit(1)
     sys.exit(3 + os.waitpid(pid, 0)[1])
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored if in the background
 buffer = dlpo.HostBuffer.allocate("2GiB", device="cpu", background=True, chunk_nbytes="16MiB")
 buffer.pinning.wait(1)
 {end}
