@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from types import TracebackType
-from typing import ClassVar, Self
+from typing import ClassVar
 
 from .background import Background
 from .blocks import Block
+from .closing import Closing
 from .driver import Driver
 from .errors import AliasError, ClosedError
 from .lifetime import drain, release_now
@@ -18,9 +18,10 @@ from .view import Label, View, checked_range
 __all__ = ["Buffer"]
 
 
-class Buffer:
+class Buffer(Closing):
     """What both buffers share: a block, an end, and views that know both."""
 
+    _called = "the buffer"
     _kind: ClassVar[str]
 
     def __init__(self, block: Block, pinning: Background | None = None) -> None:
@@ -168,21 +169,11 @@ class Buffer:
         self._block = None
         release_now(block.owner)
 
-    def __enter__(self) -> Self:
-        self._open_block()
-        return self
+    def _check_open(self) -> object:
+        return self._open_block()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        try:
-            self.close()
-        except Exception as refused:
-            if error is None:
-                raise
-            # The exception on its way out matters more; its traceback may well be what holds the views.
-            error.add_note(f"while leaving the buffer: {refused}")
-            self._block = None
+    def _let_go(self) -> None:
+        self._block = None
 
     def __repr__(self) -> str:
         if self._block is None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Container, Iterator, Mapping
 from contextlib import ExitStack, suppress
-from types import MappingProxyType, TracebackType
-from typing import Any, Literal, Self
+from types import MappingProxyType
+from typing import Any, Literal
 
 from ..background import Background
-from ..errors import AliasError, ClosedError, OffloadError, SpecError
+from ..closing import Closing
+from ..errors import AliasError, ClosedError, SpecError
 from ..lifetime import drain
 from ..memory import HostBuffer
 from ..slab import Place, Slab
@@ -29,8 +30,10 @@ def _close_unviewed(buffer: HostBuffer) -> None:
         buffer.close()
 
 
-class StoredTensors:
+class StoredTensors(Closing):
     """Named tensors and their homes."""
+
+    _called = "the store"
 
     def __init__(self, contents: Contents, units: Mapping[str, tuple[str, ...]], memory: Memory) -> None:
         specs = contents.specs
@@ -393,19 +396,5 @@ class StoredTensors:
                     if (buffer := home.take()) is not None:
                         closing.callback(_close_unviewed, buffer)
 
-    def __enter__(self) -> Self:
-        if self._closed:
-            raise ClosedError(f"this store of {format_nbytes(self.nbytes)} is closed; make a new one")
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        try:
-            self.close()
-        except OffloadError as refused:
-            if error is None:
-                raise
-            # The exception on its way out matters more; its traceback may well be what holds the views.
-            error.add_note(f"while leaving the store: {refused}")
-            self._discard()
+    def _let_go(self) -> None:
+        self._discard()

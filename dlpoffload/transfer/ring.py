@@ -12,9 +12,9 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from types import TracebackType
 from typing import Literal
 
+from ..closing import Closing
 from ..driver import Driver, open_driver
 from ..errors import ClosedError, SlotError, SpecError
 from ..memory import DeviceBuffer
@@ -33,7 +33,7 @@ __all__ = ["SlotRing"]
 Expected = Callable[[Horizon], Sequence[str]]
 
 
-class SlotRing:
+class SlotRing(Closing):
     """A ring of device slots that units are staged in.
 
     Parameters
@@ -60,6 +60,8 @@ class SlotRing:
     DeviceMemoryError
         The device has no room; no slot stays allocated.
     """
+
+    _called = "the ring"
 
     def __init__(
         self,
@@ -382,19 +384,6 @@ class SlotRing:
                 end(self._stopwatch, self._timelines)
             finally:
                 close_slots(self.slots)
-
-    def __enter__(self) -> SlotRing:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        try:
-            self.close()
-        except Exception as refused:
-            if error is None:
-                raise
-            error.add_note(f"while leaving the ring: {refused}")
 
     def __repr__(self) -> str:
         return f"<SlotRing of {len(self.slots)} slots of {format_nbytes(self.slot_nbytes)} on {self.driver.device}>"
