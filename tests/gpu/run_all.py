@@ -1,6 +1,6 @@
 """Everything that needs a GPU, in one go: the tests, the benchmarks, the demo; a short table last.
 
-    python tests/gpu/run_all.py [--only doctor,tests,blocks,jax,memory,mapping,building,demo,flax,soak]
+    python tests/gpu/run_all.py [--only doctor,tests,blocks,jax,memory,mapping,building,trace,demo,flax,soak]
         [--soak-seconds 60]
 
 Runs what is installed. Each part is a process of its own with its own limit; the exit status is the number of parts
@@ -28,6 +28,7 @@ PARTS: dict[str, tuple[list[str], int]] = {
     "memory": ([sys.executable, "-P", str(HERE / "bench_memory.py"), "--rows", "exact,small,speed"], 500),
     "mapping": ([sys.executable, "-P", str(HERE / "bench_memory.py"), "--rows", "open,peak"], 300),
     "building": ([sys.executable, "-P", str(HERE / "bench_building.py")], 200),
+    "trace": ([sys.executable, "-P", str(HERE / "trace_blocks.py")], 120),
     "demo": ([sys.executable, "-P", str(ROOT / "examples" / "minilm.py"), "cuda:0"], 120),
     "flax": ([sys.executable, "-P", str(ROOT / "examples" / "minilm_flax.py"), "cuda:0"], 120),
     "soak": ([sys.executable, "-P", str(HERE / "soak.py"), "--device", "cuda:0", "--width", "512"], 240),

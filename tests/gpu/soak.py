@@ -150,7 +150,8 @@ def main() -> int:
     }
     command = [sys.executable, *(["-P"] if sys.flags.safe_path else []), __file__, "--inside"]
     command += [f"--{name}={getattr(args, name)}" for name in ("seconds", "device", "seed", "width")]
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), environment.get("PYTHONPATH", "")])
+    paths = [str(Path(__file__).parent), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))  # an empty one would be the current directory
     device = None
     if args.device != "cpu":
         from dlpoffload.driver import open_driver

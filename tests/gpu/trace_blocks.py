@@ -13,16 +13,20 @@ from __future__ import annotations
 import argparse
 import cProfile
 import pstats
+import sys
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
-from bench_blocks import Blocks, milliseconds
 from torch.profiler import ProfilerActivity, profile
 
 from dlpoffload.planning import all_staged
 from dlpoffload.torch import offload_
+
+sys.path.append(str(Path(__file__).parent))  # where python -P does not look
+from bench_blocks import Blocks, milliseconds
 
 
 def traced(who: str, step: Callable[[], object], steps: int, nbytes: int) -> None:
