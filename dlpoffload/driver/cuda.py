@@ -17,7 +17,7 @@ from typing import Any, Final
 from ..errors import CudaError, DriverNotFoundError
 from ..limits import host_limits
 from . import refusals
-from .current import Current, Depth
+from .current import Current, inside
 from .protocol import Capabilities, PointerInfo
 from .refusals import cuda_error
 from .topology import numa_node_of
@@ -149,7 +149,6 @@ class CudaDriver:
         name = check(cuda, "cuDeviceGetName", cuda.cuDeviceGetName(256, self._handle))
         self.description = name.split(b"\0")[0].decode()
         self._capabilities: Capabilities | None = None
-        self._depth = Depth()
         # Retained until the process ends: buffers outlive whoever opened the driver.
         self._context = check(cuda, "cuDevicePrimaryCtxRetain", cuda.cuDevicePrimaryCtxRetain(self._handle))
         self._context_address = int(self._context)
@@ -168,15 +167,15 @@ class CudaDriver:
 
     def _call(self, call: str, *arguments: Any, detail: str = "") -> Any:
         """Make one driver call in the device's context, and check its result."""
-        if self._depth.blocks:
-            return check(self._cuda, call, self._result(call, *arguments), detail)
+        if inside.whose is self:
+            return self._checked(call, *arguments, detail=detail)
         with self.current():
             result = self._result(call, *arguments)
         return check(self._cuda, call, result, detail)
 
-    def _checked(self, call: str, *arguments: Any) -> Any:
+    def _checked(self, call: str, *arguments: Any, detail: str = "") -> Any:
         """The same in whatever context is current."""
-        return check(self._cuda, call, self._result(call, *arguments))
+        return check(self._cuda, call, self._result(call, *arguments), detail)
 
     def _result(self, call: str, *arguments: Any) -> tuple[Any, ...]:
         function: Callable[..., tuple[Any, ...]] = getattr(self._cuda, call)
@@ -188,7 +187,7 @@ class CudaDriver:
             raise cuda_error(call, "CUDA_ERROR_NOT_FOUND", f"{error}; update the NVIDIA driver") from error
 
     def current(self) -> AbstractContextManager[None]:
-        return Current(self._depth, self._push, self._pop)
+        return Current(self, self._push, self._pop)
 
     @contextmanager
     def relaxed(self) -> Iterator[None]:

@@ -6,38 +6,43 @@ import threading
 from collections.abc import Callable
 from types import TracebackType
 
-__all__ = ["Current", "Depth"]
+__all__ = ["Current", "inside"]
 
 
-class Depth(threading.local):
-    """How many blocks of one driver this thread is in."""
+class _Inside(threading.local):
+    """Whose innermost block this thread is in."""
 
-    blocks = 0
+    whose: object = None
+
+
+inside = _Inside()
 
 
 class Current:
     """`CudaDriver.current`: a class, because a generator costs several times the check itself.
 
-    Only the outermost block looks which context is current: nothing inside of one makes another current.
+    A block directly inside of one of the same driver does not look which context is current: it is that one's. Inside
+    of another driver's block it does, whatever is around that.
     """
 
-    __slots__ = ("_depth", "_pop", "_push", "_pushed")
+    __slots__ = ("_before", "_pop", "_push", "_pushed", "_whose")
 
-    def __init__(self, depth: Depth, push: Callable[[], bool], pop: Callable[[], None]) -> None:
-        self._depth = depth
+    def __init__(self, whose: object, push: Callable[[], bool], pop: Callable[[], None]) -> None:
+        self._whose = whose
         self._push = push
         self._pop = pop
         self._pushed = False
+        self._before: object = None
 
     def __enter__(self) -> None:
-        depth = self._depth
-        if not depth.blocks:
+        self._before = inside.whose
+        if self._before is not self._whose:
             self._pushed = self._push()
-        depth.blocks += 1
+        inside.whose = self._whose
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._depth.blocks -= 1
+        inside.whose = self._before
         if self._pushed:
             self._pop()

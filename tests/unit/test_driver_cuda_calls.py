@@ -573,3 +573,34 @@ def test_the_names_and_numbers_are_those_of_the_installed_bindings() -> None:
     assert real.CUevent_flags.CU_EVENT_DEFAULT == cuda._EVENT_DEFAULT
     for _, _, call, *_ in CALLS:
         assert callable(getattr(real, call))
+
+
+def test_a_block_inside_of_another_drivers_makes_its_own_context_current() -> None:
+    from dlpoffload.driver.current import Current
+
+    stack: list[str] = []
+
+    def block(whose: str) -> Current:
+        def push() -> bool:
+            if stack and stack[-1] == whose:
+                return False
+            stack.append(whose)
+            return True
+
+        return Current(whose, push, lambda: assert_popped(whose))
+
+    def assert_popped(whose: str) -> None:
+        assert stack.pop() == whose
+
+    with block("one"):
+        with block("one"):
+            assert stack == ["one"]
+        with block("other"):
+            assert stack == ["one", "other"]
+            with block("one"):
+                assert stack == ["one", "other", "one"]
+            assert stack == ["one", "other"]
+        with pytest.raises(KeyError), block("other"):
+            raise KeyError
+        assert stack == ["one"]
+    assert stack == []
