@@ -99,8 +99,15 @@ def _capsule_of(producer: Any, told: tuple[int, int], stream: int | None) -> Any
     is_negative = getattr(producer, "is_neg", None)
     if callable(is_negative) and is_negative():
         raise AliasError("it is lazily negated, so its bytes have the other sign; pass x.resolve_neg()")
+    if told[0] != CUDA:
+        return _asked_for_capsule(producer)
+    # torch (2.9 to 2.13) exports nothing of another device than the current one.
+    with open_driver(f"cuda:{told[1]}").current():
+        return _asked_for_capsule(producer, stream=stream)
+
+
+def _asked_for_capsule(producer: Any, **arguments: Any) -> Any:
     # The standard wants stream=None for devices without streams, and some producers check it.
-    arguments: dict[str, Any] = {"stream": stream} if told[0] == CUDA else {}
     try:
         return producer.__dlpack__(**arguments, max_version=_OUR_VERSION, copy=False)
     except TypeError:

@@ -156,6 +156,46 @@ def test_the_fake_refuses_what_cuda_refuses(script: Callable[[str], str], tmp_pa
     )
 
 
+def test_a_producer_exports_with_its_device_current(script: Callable[[str], str]) -> None:
+    # torch refuses to export what is on another device than the current one.
+    script(
+        """
+        import ctypes
+        import threading
+        import dlpoffload as dlpo
+
+        def current():
+            context = ctypes.c_void_p()
+            assert fake._library.cuCtxGetCurrent(ctypes.byref(context)) == 0
+            return context.value
+
+        class Producer:
+            def __init__(self, view):
+                self.view = view
+                self.__dlpack_device__ = view.__dlpack_device__
+
+            def __dlpack__(self, **arguments):
+                found.append(current())
+                return self.view.__dlpack__(**arguments)
+
+        found = []
+
+        def export():
+            found.append(current())
+            dlpo.view_of(Producer(view))
+            found.append(current())
+
+        with dlpo.DeviceBuffer.allocate(64) as device:
+            view = device.device_view((64,), "uint8")
+            thread = threading.Thread(target=export)
+            thread.start()
+            thread.join()
+            del view
+        assert [bool(context) for context in found] == [False, True, False], found
+        """
+    )
+
+
 def test_registered_memory_that_is_unmapped_is_seen(script: Callable[[str], str]) -> None:
     script(
         """

@@ -139,7 +139,10 @@ def test_read_only_is_seen_and_the_memory_kept(strided_memory_view: Any, through
 
 
 @pytest.fixture
-def numba_cuda(cuda_driver: Any) -> Any:
+def numba_cuda(cuda_driver: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    # numba-cuda (0.30) asks for it when it first compiles, and NumPy 2.5 dropped it.
+    if not hasattr(np, "row_stack"):
+        monkeypatch.setattr(np, "row_stack", np.vstack, raising=False)
     numba_cuda = pytest.importorskip("numba.cuda")
     typeof = pytest.importorskip("numba.cuda.typing.typeof")
     if not hasattr(typeof, "_typeof_dlpack"):
