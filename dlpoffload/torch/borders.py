@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
 from ..errors import OffloadError
-from .compiling import border
+from .compiling import border, uncompiled
 from .gradients import guard_outputs, tensors_in
 from .mixing import explained
 from .root import begin_step, end_step
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["BorderForward", "SplitForward", "moved"]
 
 
+@uncompiled
 def moved(value: Any, device: torch.device) -> Any:
     """The same with every tensor on `device`, in tuples, lists, dicts and dataclasses; those that change are copied.
 
@@ -69,9 +70,16 @@ def moved(value: Any, device: torch.device) -> Any:
     return visit(value)
 
 
+@uncompiled
 def _current(device: torch.device) -> AbstractContextManager[Any]:
     """Make a device torch's current one, where what is launched without a tensor goes."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+@uncompiled
+def _device_of(value: Any) -> torch.device | None:
+    """The device of the first tensor that has bytes; None where there is none."""
+    return next((tensor.device for tensor in tensors_in(value) if not tensor.is_meta), None)
 
 
 class BorderForward(WrappedForward):
@@ -103,7 +111,7 @@ class SplitForward(BorderForward):
         if not self.installed:
             return self.inner(*args, **kwargs)
         self._check_uncaptured()
-        back = next((tensor.device for tensor in tensors_in((args, kwargs)) if not tensor.is_meta), None)
+        back = _device_of((args, kwargs))
         args, kwargs = moved((args, kwargs), self.device)
         with ExitStack() as steps, _current(self.device):
             for placed in self.placed:
@@ -121,10 +129,12 @@ class SplitForward(BorderForward):
             guard_outputs(output, [member.of_module for placed in self.placed for member in placed.offloaded()])
         return output if back is None else moved(output, back)
 
+    @uncompiled
     def _end_step(self, stager: Stager) -> None:
         if self.installed:  # a hook may have restored the module
             end_step(stager)
 
+    @uncompiled
     def _check_uncaptured(self) -> None:
         if len(self.placed) > 1 and any(
             placed.driver.capture_id(current_stream(placed.device)) for placed in self.placed
