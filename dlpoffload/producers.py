@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from operator import index
 from typing import Any, Final
 
 from . import _native
 from .driver import Driver, open_driver
-from .errors import AliasError, ClosedError, SpecError
+from .errors import AliasError, ClosedError, DriverNotFoundError, SpecError
 from .lifetime import own
 from .spec import DType, TensorSpec, dtype
 from .view import CPU, CUDA, CUDA_HOST, DEVICE_NAMES, NO_ORDER, Label, View
@@ -99,20 +100,24 @@ def _capsule_of(producer: Any, told: tuple[int, int], stream: int | None) -> Any
     is_negative = getattr(producer, "is_neg", None)
     if callable(is_negative) and is_negative():
         raise AliasError("it is lazily negated, so its bytes have the other sign; pass x.resolve_neg()")
-    if told[0] != CUDA:
-        return _asked_for_capsule(producer)
-    # torch (2.9 to 2.13) exports nothing of another device than the current one.
-    with open_driver(f"cuda:{told[1]}").current():
-        return _asked_for_capsule(producer, stream=stream)
-
-
-def _asked_for_capsule(producer: Any, **arguments: Any) -> Any:
     # The standard wants stream=None for devices without streams, and some producers check it.
+    arguments: dict[str, Any] = {"stream": stream} if told[0] == CUDA else {}
+    with _current(told):
+        try:
+            return producer.__dlpack__(**arguments, max_version=_OUR_VERSION, copy=False)
+        except TypeError:
+            # A producer older than DLPack 1.0 takes no max_version and no copy; it exports what it has.
+            return producer.__dlpack__(**arguments)
+
+
+def _current(told: tuple[int, int]) -> AbstractContextManager[None]:
+    """Make a producer's CUDA device current: torch (2.9 to 2.13) exports nothing of another one."""
+    if told[0] != CUDA:
+        return nullcontext()
     try:
-        return producer.__dlpack__(**arguments, max_version=_OUR_VERSION, copy=False)
-    except TypeError:
-        # A producer older than DLPack 1.0 takes no max_version and no copy; it exports what it has.
-        return producer.__dlpack__(**arguments)
+        return open_driver(f"cuda:{told[1]}").current()
+    except (DriverNotFoundError, SpecError):
+        return nullcontext()  # there is none; what the capsule says is looked at next
 
 
 def _import_capsule(capsule: Any, told: tuple[int, int], stream: int | None) -> View:
