@@ -90,19 +90,23 @@ class Data:
     ----------
     tensors : list of torch.Tensor
     places : list of Place
-        Of these tensors. They never change, and are looked at whenever the unit is entered or left.
+        Of these tensors, which never change.
+    addresses : list of int
+        Of their first elements, looked at whenever the unit is entered or left.
     """
 
-    __slots__ = ("places", "tensors")
+    __slots__ = ("addresses", "places", "tensors")
 
     def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
         self.tensors = list(tensors)
         self.places: list[Place] = [place_of(tensor) for tensor in self.tensors]
+        self.addresses = [place[0] for place in self.places]
 
     def replace(self, index: int, tensor: torch.Tensor) -> None:
         """Put another tensor in the place of one."""
         self.tensors[index] = tensor
         self.places[index] = place_of(tensor)
+        self.addresses[index] = self.places[index][0]
 
 
 @dataclass(eq=False, slots=True)
@@ -143,11 +147,15 @@ class StagedUnit:
         return [staged.member.of_module for staged in self.members]
 
     def untouched(self, data: Data) -> bool:
-        """Whether a quick look finds every tensor where it was put, and nothing done to it: nearly always so."""
-        for staged, place in zip(self.members, data.places, strict=True):
+        """Whether a quick look finds every tensor where it was put, and nothing done to it: nearly always so.
+
+        Of a place it compares the address: shape, strides and dtype change by ``.data =``, which is noted, or in place
+        (`t_`, `set_`, `resize_`), which torch counts as a write.
+        """
+        for staged, address in zip(self.members, data.addresses, strict=True):
             tensor = staged.tensor
             if (
-                place_of(tensor) != place
+                tensor.data_ptr() != address
                 or staged.member.version != staged.version
                 or is_noted(tensor)
                 or (staged.keepers and staged.written_unseen)

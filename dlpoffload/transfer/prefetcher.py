@@ -77,13 +77,16 @@ class Prefetcher:
             As `SlotRing.prefetch`.
         """
         self._learn(unit)
-        lease = self.ring.enter(unit, lambda horizon: self._ahead(unit, horizon), stream=stream)
+        lease: Lease | None = None
         try:
-            lease.wait()
+            with self.ring.driver.current():  # once for all that is inside
+                lease = self.ring.enter(unit, lambda horizon: self._ahead(unit, horizon), stream=stream)
+                lease.wait()
+                return lease
         except BaseException:
-            lease.abandon()
+            if lease is not None:
+                lease.abandon()
             raise
-        return lease
 
     def leave(self, lease: Lease) -> None:
         """Release a unit, and enqueue the copy of the next one behind its last reader.
@@ -91,11 +94,12 @@ class Prefetcher:
         Should the driver fail, the unit is left all the same, if need be after a wait of the host for its readers.
         """
         try:
-            lease.release()
+            with self.ring.driver.current():
+                lease.release()
+                self.ring.look_ahead(lambda horizon: self._ahead(lease.unit, horizon), stream=lease.stream)
         except CudaError:
             lease.abandon()
             raise
-        self.ring.look_ahead(lambda horizon: self._ahead(lease.unit, horizon), stream=lease.stream)
 
     def _learn(self, unit: str) -> None:
         seen = self._seen

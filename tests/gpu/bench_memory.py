@@ -135,6 +135,7 @@ driver = dlpo.open_driver("cuda:0")
 driver.synchronize()
 warm = dlpo.HostBuffer.allocate(1 << 20, device="cuda:0"); warm.close()
 import safetensors, numpy
+own = {name: field("/proc/self/status", name) for name in ("RssAnon", "VmPTE")}
 before, start = settled(), time.perf_counter()
 store = dlpo.HostStore.map_file(argument, units=units, device="cuda:0")
 opened = time.perf_counter() - start
@@ -145,13 +146,14 @@ driver.stream_synchronize(stream)
 first = time.perf_counter() - start
 time.sleep(0.3)
 cost = before - available()
+own = {name: field("/proc/self/status", name) - was for name, was in own.items()}
 pieces = [store.slab(u).copies()[0] for u in units]
 buffer = dlpo.HostBuffer.allocate(pieces[0].nbytes, device="cuda:0")
 mapped = pinned = 0
 for _ in range(2):  # in turn: the link itself drifts by a percent
     mapped = max(mapped, rate(driver, [p.host_pointer for p in pieces], pieces[0].nbytes))
     pinned = max(pinned, rate(driver, [buffer.host_pointer], pieces[0].nbytes))
-say(opened=opened, first=first, cost=cost, nbytes=store.nbytes, mapped=mapped, pinned=pinned)
+say(opened=opened, first=first, cost=cost, nbytes=store.nbytes, mapped=mapped, pinned=pinned, **own)
 os._exit(0)
 """,
     "safetensors load + pin_memory": r"""
@@ -300,6 +302,9 @@ def main() -> None:
                 said = (
                     f"{found['first']:.3f} s, host memory grows by {found['cost'] / found['nbytes']:.4f} of the weights"
                 )
+                if "VmPTE" in found:
+                    own, tables = (found[name] / found["nbytes"] for name in ("RssAnon", "VmPTE"))
+                    said += f" (its own memory {own:.4f}, its page tables {tables:.4f}, the rest the driver's)"
                 if "mapped" in found:
                     share = found["mapped"] / found["pinned"]
                     said += f", copies at {found['mapped']:.2f} GB/s, {share:.1%} of anonymous pinned memory"

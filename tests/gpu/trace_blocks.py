@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from bench_blocks import Blocks, milliseconds
 
 def traced(who: str, step: Callable[[], object], steps: int, nbytes: int) -> None:
     """Print the copies of some steps, and what lies between them."""
-    plain = milliseconds(step, steps)
+    plain = median(milliseconds(step, steps))
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
         for _ in range(steps):
             step()

@@ -93,6 +93,43 @@ def test_data_that_is_the_same_bytes_in_other_strides(device: str, policy: str, 
         check(module.to(device), reference, device)
 
 
+IN_PLACE = {
+    "t_": lambda w: w.t_(),
+    "as_strided_": lambda w: w.as_strided_((WIDTH, WIDTH), (1, WIDTH)),
+    "unsqueeze_": lambda w: w.unsqueeze_(0),
+    "set_": lambda w: w.set_(torch.ones(WIDTH, WIDTH, device=w.device).t()),
+    "resize_": lambda w: w.resize_(2, WIDTH),
+}
+
+
+class Acting(Block):
+    """Does something to its own weight in its forward."""
+
+    act: Callable[[Tensor], object] = staticmethod(lambda w: None)
+
+    def forward(self, x: Tensor) -> Any:
+        self.act(self.w)
+        return x
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("where", ["outside", "inside"])
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_a_tensor_that_is_another_one_in_place(device: str, name: str, where: str, mode: Any) -> None:
+    # What is looked at in every call is the address: torch must count these as writes.
+    module, reference, handle = pair(device, kind=Acting)
+    check(module, reference, device)
+    layer = module.layers[2]
+    with mode():
+        if where == "outside":
+            IN_PLACE[name](layer.w)
+        else:
+            layer.act = IN_PLACE[name]
+        with pytest.raises(AliasError, match=r'"layers.2.w" was offloaded (with strides|as float32)'):
+            module(vector(0, device))
+    handle.restore_()
+
+
 class Normalising(Block):
     """Sets its weight's data anew in its own forward, as layers on a sphere do."""
 

@@ -630,14 +630,16 @@ def test_swapped_inside_of_a_forward(device: str) -> None:
     check(tower, reference, device)
 
 
-@pytest.mark.parametrize("when", ["between", "inside"])
+# Inside of a forward, what `detach` gives is the slot, which is not to be moved.
+@pytest.mark.parametrize(("what", "when"), [("state_dict", "between"), ("state_dict", "inside"), ("detach", "between")])
 @everywhere
-def test_memory_of_a_state_dict_that_is_shared_with_processes(placement: str, when: str) -> None:
+def test_memory_that_is_shared_with_processes(placement: str, what: str, when: str) -> None:
     """torch moves the storage, and with it all tensors over it; what torch.multiprocessing sends is moved so."""
     tower, reference, handle = placed(placement, "cpu")
 
     def share(*_: Any) -> None:
-        for tensor in tower.state_dict().values():
+        aliases = tower.state_dict().values() if what == "state_dict" else [p.detach() for p in tower.parameters()]
+        for tensor in aliases:
             tensor.share_memory_()
 
     def write(inside: nn.Module, inputs: Any) -> None:
