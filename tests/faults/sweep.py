@@ -32,8 +32,11 @@ from typing import Any, Final
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import operations_memory  # noqa: F401
+import operations_rings  # noqa: F401
+import operations_stores  # noqa: F401 - they add their operations
+from bench import DEVICE, OPERATIONS, Bench, Operation, write_checkpoint
 from fake import FakeCuda, build
-from operations import DEVICE, OPERATIONS, Bench, Operation, write_checkpoint
 from watching import look, settle
 
 import dlpoffload as dlpo

@@ -27,7 +27,11 @@ from pathlib import Path
 from fake import FakeCuda
 fake = FakeCuda(Path(os.environ["FAKE_CUDA"]))
 """
-NAMES = re.findall(r'^@operation\("([^"]+)"', (HERE / "operations.py").read_text(encoding="utf-8"), re.MULTILINE)
+NAMES = [
+    name
+    for path in sorted(HERE.glob("operations_*.py"))
+    for name in re.findall(r'^@operation\("([^"]+)"', path.read_text(encoding="utf-8"), re.MULTILINE)
+]
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 

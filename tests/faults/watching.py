@@ -83,9 +83,11 @@ def settle(fake: FakeCuda, folder: Path, wanted: Alive, wait_s: float = _WAIT_S,
 
 
 def _mapped_files(folder: str) -> tuple[str, ...]:
+    """Mappings of files in the folder, and of those in memory."""
+    ours = folder.encode(), b"/memfd:dlpoffload"
     maps = Path("/proc/self/maps").read_bytes()
-    lines = maps.splitlines() if folder.encode() in maps else []
-    return tuple(sorted(line.rpartition(b"/")[2].decode() for line in lines if folder.encode() in line))
+    lines = maps.splitlines() if any(path in maps for path in ours) else []
+    return tuple(sorted(line.rpartition(b"/")[2].decode() for line in lines if any(path in line for path in ours)))
 
 
 def _pinned_nbytes() -> int:
