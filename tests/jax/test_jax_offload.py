@@ -175,6 +175,23 @@ def test_wrong_values_and_names_are_refused(params: dict[str, Any], at: Any, dev
             call("layers.0.w", np.zeros((64, 64), np.float16))
 
 
+def test_values_without_bytes_are_refused(params: dict[str, Any], at: Any, device: str) -> None:
+    budget = 2 * models.BLOCK_NBYTES
+    _, handle = dj.offload(params, budget, device=device, policy=all_staged, units=["layers.*"])
+    deleted = jnp.zeros((64, 64), jnp.float32)
+    deleted.delete()
+    for call in (handle.update, handle.overwrite_):
+        with pytest.raises(SpecError, match=r'"layers.0.w" was deleted'):
+            call("layers.0.w", deleted)
+        with pytest.raises(SpecError, match=r'"layers.0.w" is traced'):
+            jax.eval_shape(lambda value, call=call: call("layers.0.w", value), np.zeros((64, 64), np.float32))
+    leaves = jax.tree.leaves(models.resident(params))
+    leaves[1].delete()
+    for more in ({"policy": all_staged}, {"policy": pattern_policy({"**": "device"})}):
+        with pytest.raises(SpecError, match=r'"layers.0.w" was deleted'):
+            dj.offload(jax.eval_shape(lambda: params), "1MiB", device=device, leaves=leaves, **more)
+
+
 def test_closing_frees_when_the_last_array_is_gone(params: dict[str, Any], at: Any, device: str) -> None:
     tree, handle = dj.offload(params, 2 * models.BLOCK_NBYTES, device=device, policy=all_staged, units=["layers.*"])
     source = jax.tree.map(bits, params)
