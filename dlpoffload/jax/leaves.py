@@ -109,7 +109,7 @@ def _described(name: str, value: Any, *, abstract: bool) -> tuple[TensorSpec | N
     if isinstance(value, jax.ShapeDtypeStruct):
         if not abstract:
             raise SpecError(f'"{name}" is abstract and has no bytes; pass its values as leaves=')
-        return _spec(name, value.shape, value.dtype)
+        return _typed(name, value)
     if isinstance(value, jax.Array):
         return _described_array(name, value)
     if isinstance(value, np.ndarray):
@@ -130,8 +130,12 @@ def _described_array(name: str, value: jax.Array) -> tuple[TensorSpec | None, st
     if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key) and not isinstance(value, jax.core.Tracer):
         return None, "a PRNG key"
     check_usable(name, value)
+    return _typed(name, value)
+
+
+def _typed(name: str, value: jax.Array | jax.ShapeDtypeStruct) -> tuple[TensorSpec | None, str]:
     if value.weak_type:
-        if value.nbytes > _WEAK_LIMIT:
+        if value.size * value.dtype.itemsize > _WEAK_LIMIT:
             raise SpecError(
                 f'"{name}" is weakly typed, which bytes cannot say; give it its dtype: '
                 f'jax.numpy.asarray(x, "{value.dtype}")'

@@ -246,6 +246,19 @@ def test_leaves_come_one_by_one(params: dict[str, Any], at: Any, device: str) ->
         dj.offload(abstract, "1MiB", device=device)
 
 
+def test_a_weakly_typed_leaf_of_an_abstract_tree_stays_weak(at: Any, device: str) -> None:
+    values = {"scale": jnp.asarray(2.0), "w": jnp.ones((8, 8), jnp.float32)}
+    abstract = jax.eval_shape(lambda: values)
+    assert abstract["scale"].weak_type
+    leaves = jax.tree.leaves(values)
+    tree, handle = dj.offload(abstract, 0, device=device, policy=all_mapped, leaves=leaves)
+    assert tree["scale"] is values["scale"]
+    assert dict(handle.report().kept) == {"scale": "weakly typed"}
+    large = jax.eval_shape(lambda: jnp.full((600, 600), 1.0))
+    with pytest.raises(SpecError, match="weakly typed"):
+        dj.offload({"leaf": large}, "2MiB", device=device, leaves=[np.ones((600, 600), np.float32)])
+
+
 def test_views_are_taken_in_place_and_read_only_ones_too(at: Any, device: str, tmp_path: Any) -> None:
     path = tmp_path / "weights"
     weights = np.random.default_rng(0).standard_normal((2, 64, 64)).astype(np.float32)
