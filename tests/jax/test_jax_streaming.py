@@ -232,6 +232,8 @@ def test_another_tree_is_refused(params: Any, x: Any, at: Any, device: str) -> N
         run({"layers": tree["layers"][:3]}, x)
     with pytest.raises(SpecError, match="was offloaded as"):
         run(jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), models.resident(params)), x)
+    with pytest.raises(SpecError, match=r"was offloaded as .* is float\[\] here"):
+        run(jax.tree.map(lambda leaf: 1.0, tree), x)
     with pytest.raises(SpecError, match="argnum=2"):
         handle.streamed(models.unrolled, argnum=2)(tree, x)
 
