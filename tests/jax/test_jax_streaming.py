@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from dlpoffload.planning import all_staged
 jax = pytest.importorskip("jax")
 jnp = jax.numpy
 dj = pytest.importorskip("dlpoffload.jax")
+execute = pytest.importorskip("dlpoffload.jax.execute")
 models = pytest.importorskip("jax_models")
 
 DEPTH = 6
@@ -134,6 +136,29 @@ def test_donated_inputs_and_no_jit(params: Any, x: Any, at: Any, device: str) ->
     again = jax.jit(handle.streamed(models.unrolled))
     models.close(again(tree, x), wanted)
     assert models.same(tree, params)
+
+
+@pytest.mark.parametrize("derivative", [False, True])
+def test_without_jit_copies_are_dropped(
+    params: Any, x: Any, at: Any, device: str, derivative: bool, monkeypatch: Any
+) -> None:
+    tree, handle = offloaded(params, device)
+    copies: list[Any] = []
+    most = 0
+
+    def counted(weights: Any) -> Any:
+        nonlocal most
+        made = [array.copy() for array in put(weights)]
+        copies.extend(map(weakref.ref, made))
+        most = max(most, sum(copy() is not None for copy in copies))
+        return made
+
+    put = execute.put
+    monkeypatch.setattr(execute, "put", counted)
+    run = handle.streamed(lambda p, x: models.unrolled(p, x).sum())
+    (jax.grad(run, 1) if derivative else run)(tree, x)
+    assert len(copies) >= 2 * DEPTH
+    assert most == 2 * 2, "two leaves a block, two slots"
 
 
 def test_shared_blocks_and_any_order(params: Any, x: Any, at: Any, device: str) -> None:
