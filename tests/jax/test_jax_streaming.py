@@ -239,6 +239,21 @@ def test_a_conditional_runs_with_its_units_staged(params: Any, x: Any, at: Any, 
         jax.jit(one[1].streamed(fun))(one[0], x, 1)
 
 
+@pytest.mark.parametrize("fun", [models.unrolled, lambda p, x: models.scan(p, x)[0]], ids=["loop", "scan"])
+def test_a_loop_is_around_what_is_streamed(params: Any, x: Any, at: Any, device: str, fun: Callable[..., Any]) -> None:
+    stack = fun is not models.unrolled
+    params = models.stacked(params) if stack else params
+    tree, handle = offloaded(params, device, **({"units": None, "stacked": ["layers"]} if stack else {}))
+
+    def steps(run: Callable[..., Any], p: Any, x: Any) -> Any:
+        return jax.lax.fori_loop(0, 3, lambda _, x: run(p, x), x)
+
+    with pytest.raises(PlanError, match=r"call handle\.streamed in"):
+        jax.jit(handle.streamed(lambda p, x: steps(fun, p, x)))(tree, x)
+    run = jax.jit(lambda p, x: steps(handle.streamed(fun), p, x))
+    models.close(run(tree, x), jax.jit(lambda p, x: steps(fun, p, x))(models.resident(params), x), 1e-4)
+
+
 def test_weights_that_are_kept_by_another_name_are_refused(params: Any, x: Any, at: Any, device: str) -> None:
     tree, handle = offloaded(params, device)
 
