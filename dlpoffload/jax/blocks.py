@@ -45,8 +45,8 @@ def stream_blocks(step: Callable[[Any, Any], Any], blocks: Sequence[Any], carry:
         A gradient is asked for a leaf in host memory.
     """
     checked_slots(slots)
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((blocks, carry))):
 
+    def staged() -> Any:
         def loop(blocks: Sequence[Any], carry: Any) -> Any:
             for block in blocks:
                 carry = step(block, carry)
@@ -54,7 +54,8 @@ def stream_blocks(step: Callable[[Any, Any], Any], blocks: Sequence[Any], carry:
 
         units = [f"block {i}" for i, block in enumerate(blocks) for _ in jax.tree.leaves(block)]
         return _run(loop, list(blocks), carry, units, stacked=False, slots=slots, name="stream_blocks")
-    return _eager(step, blocks, carry, slots)
+
+    return staged() if _traced((blocks, carry)) else _eager(step, blocks, carry, slots, staged)
 
 
 def scan_blocks(
@@ -109,6 +110,10 @@ def _run(
     return run_streamed(flat, [*leaves, *others], weights, name, lambda _: None)
 
 
+def _traced(tree: Any) -> bool:
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+
+
 def _on_host(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array) and jax.typeof(leaf).memory_space == jax.memory.Space.Host
 
@@ -120,7 +125,9 @@ def _home(leaf: Any, unit: str, stacked: bool) -> Home:
     return Home(spec, Placement.HOST_STAGED, unit, leaf.shape[0] if stacked else 0)
 
 
-def _eager(step: Callable[[Any, Any], Any], blocks: Sequence[Any], carry: Any, slots: int) -> Any:
+def _eager(
+    step: Callable[[Any, Any], Any], blocks: Sequence[Any], carry: Any, slots: int, staged: Callable[[], Any]
+) -> Any:
     ring: deque[Any] = deque()
     coming = iter(blocks)
     for _ in blocks:
@@ -130,6 +137,8 @@ def _eager(step: Callable[[Any, Any], Any], blocks: Sequence[Any], carry: Any, s
         while len(ring) < slots and (block := next(coming, None)) is not None:
             ring.append(_put_block(block))
         carry = step(ring.popleft(), carry)
+        if _traced(carry):  # by what the step closes over: a derivative would keep the copies of all blocks
+            return staged()
     return carry
 
 

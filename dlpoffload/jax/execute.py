@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 from jax.extend import core
 
 from .program import Atom, Id, Program, Step, Value, scan_counts
@@ -25,6 +26,7 @@ def execute(
         run.copy_before(index)
         for step in program.steps[window.start : window.end]:
             run.step(step, schedule.copy_of[index])
+        run.release(index)
     return [run.output(atom) for atom in program.outputs]
 
 
@@ -78,6 +80,7 @@ class _Run:
         self.known.update(zip(program.arguments, values, strict=True))
         self.host = [self.known[argument] for argument in program.arguments]
         self.staged: dict[tuple[Copy, int], Any] = {}
+        self.ends = _ends(schedule)
         self.last_use: dict[Id, int] = {}
         self.window_of: dict[Id, int] = {}
         for at, window in enumerate(schedule.windows):
@@ -106,9 +109,19 @@ class _Run:
             for made, window in self.window_of.items()
             if first <= window < index and self.last_use.get(made, -1) >= start and computed_type(self.known[made])
         ]
-        tied, held = tie(weights, [self.known[made] for made in results])
+        # Outside of a trace there is no program whose memory XLA plans: wait, or the copy gets more of it.
+        values = [self.known[made] for made in results]
+        jax.block_until_ready([value for value in values if not isinstance(value, jax.core.Tracer)])
+        tied, held = tie(weights, values)
         self.known.update(zip(results, held, strict=True))
         return tied
+
+    def release(self, index: int) -> None:
+        """Drop the copies that no later window reads: outside of a trace they are the device's memory."""
+        for copy in self.schedule.copy_of[index].values():
+            if self.ends[copy] == index:
+                for weight in copy.weights:
+                    del self.staged[copy, weight]
 
     # ------------------------------------------------------------------------------------------- steps
     def step(self, step: Step, copies: Mapping[str, Copy]) -> None:
@@ -178,11 +191,16 @@ class _Run:
         return [*state, *outputs]
 
 
+def _ends(schedule: Schedule) -> dict[Copy, int]:
+    """The last window that reads each copy."""
+    return {copy: index for index, known in enumerate(schedule.copy_of) for copy in known.values()}
+
+
 def summary(program: Program, schedule: Schedule, slots: int, name: str) -> ProgramReport:
     """What a program copies at each call."""
     units: list[str] = []
     copies = copied = most = 0
-    ends = {copy: index for index, known in enumerate(schedule.copy_of) for copy in known.values()}
+    ends = _ends(schedule)
     for index, window in enumerate(schedule.windows):
         alive = 0
         for copy in schedule.copies:

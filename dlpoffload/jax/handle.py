@@ -132,7 +132,7 @@ class OffloadHandle:
         Raises
         ------
         SpecError
-            No such leaf, or shape or dtype differ.
+            No such leaf, shape or dtype differ, or the value is traced, deleted, or sharded over several devices.
         HostMemoryError, DeviceMemoryError
             Memory was refused; nothing has changed.
         """

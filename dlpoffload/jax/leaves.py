@@ -14,7 +14,7 @@ from ..producers import view_of
 from ..spec import TensorSpec, dtype, dtype_names
 from .arrays import checked_dtype
 
-__all__ = ["Leaf", "collect", "names_of"]
+__all__ = ["Leaf", "check_usable", "collect", "names_of"]
 
 _WEAK_LIMIT = 1 << 20
 
@@ -83,13 +83,33 @@ def collect(tree: Any, values: Iterable[Any] | None = None) -> tuple[list[Leaf],
     return leaves, structure
 
 
-def _described(name: str, value: Any, *, abstract: bool) -> tuple[TensorSpec | None, str]:
+def check_usable(name: str, value: Any) -> None:
+    """Refuse a JAX array whose bytes cannot be read here.
+
+    Raises
+    ------
+    SpecError
+        It is traced, deleted, or lies on several devices.
+    """
     if isinstance(value, jax.core.Tracer):
-        raise SpecError(f'"{name}" is traced; offload outside of jit, grad and vmap, and pass the tree in')
+        raise SpecError(f'"{name}" is traced; do this outside of jit, grad and vmap, and pass the tree in')
+    if not isinstance(value, jax.Array):
+        return
+    if value.is_deleted():
+        raise SpecError(f'"{name}" was deleted or donated and has no bytes any more')
+    devices = value.sharding.device_set
+    if len(devices) > 1:
+        raise SpecError(
+            f'"{name}" is sharded over {len(devices)} devices; offload what each device has: a tree of '
+            "[shard.data for shard in array.addressable_shards] for each of them"
+        )
+
+
+def _described(name: str, value: Any, *, abstract: bool) -> tuple[TensorSpec | None, str]:
     if isinstance(value, jax.ShapeDtypeStruct):
         if not abstract:
             raise SpecError(f'"{name}" is abstract and has no bytes; pass its values as leaves=')
-        return _spec(name, value.shape, value.dtype)
+        return _typed(name, value)
     if isinstance(value, jax.Array):
         return _described_array(name, value)
     if isinstance(value, np.ndarray):
@@ -107,18 +127,15 @@ def _described(name: str, value: Any, *, abstract: bool) -> tuple[TensorSpec | N
 
 
 def _described_array(name: str, value: jax.Array) -> tuple[TensorSpec | None, str]:
-    if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
+    if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key) and not isinstance(value, jax.core.Tracer):
         return None, "a PRNG key"
-    if value.is_deleted():
-        raise SpecError(f'"{name}" was deleted or donated and has no bytes any more')
-    devices = value.sharding.device_set
-    if len(devices) > 1:
-        raise SpecError(
-            f'"{name}" is sharded over {len(devices)} devices; offload what each device has: a tree of '
-            "[shard.data for shard in array.addressable_shards] for each of them"
-        )
+    check_usable(name, value)
+    return _typed(name, value)
+
+
+def _typed(name: str, value: jax.Array | jax.ShapeDtypeStruct) -> tuple[TensorSpec | None, str]:
     if value.weak_type:
-        if value.nbytes > _WEAK_LIMIT:
+        if value.size * value.dtype.itemsize > _WEAK_LIMIT:
             raise SpecError(
                 f'"{name}" is weakly typed, which bytes cannot say; give it its dtype: '
                 f'jax.numpy.asarray(x, "{value.dtype}")'

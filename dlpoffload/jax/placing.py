@@ -19,7 +19,7 @@ from ..spec import TensorSpec
 from ..store import HostStore
 from ..view import Label, View
 from .arrays import array_view, device_array, host_label, jax_device
-from .leaves import Leaf
+from .leaves import Leaf, check_usable
 
 __all__ = ["Home", "Offloading", "Placed", "check_spec", "usable_in_place"]
 
@@ -157,6 +157,7 @@ class Placed:
 
     def _place(self, name: str, value: Any, in_place: bool) -> jax.Array:
         home = self.homes[name]
+        check_usable(name, value)
         if isinstance(value, jax.Array):
             value.block_until_ready()
         if home.placement is Placement.DEVICE:
@@ -201,7 +202,8 @@ def usable_in_place(value: Any, driver: Driver) -> bool:
 
 
 def check_spec(name: str, spec: TensorSpec, value: Any) -> None:
-    """Refuse a value of another shape or dtype."""
+    """Refuse a value of another shape or dtype, or one without bytes here."""
+    check_usable(name, value)
     found = view_of(value).spec
     if (found.shape, found.dtype) != (spec.shape, spec.dtype):
         raise SpecError(f'"{name}" is {spec}, but the value is {found}; shape and dtype must be equal')

@@ -222,7 +222,8 @@ def _scanned(program: Program, equation: Any, inputs: Sequence[Atom], stacks: Se
     where = [program.homes[base].spec for base in stacks]
     raise PlanError(
         f'"{equation.primitive.name}" uses the whole of a stack {where[0]}, which is staged row by row; scan over it '
-        "(jax.lax.scan, nnx.scan), or leave its path out of stacked="
+        "(jax.lax.scan, nnx.scan), leave its path out of stacked=, or, where that scan is inside of this loop or "
+        "conditional, call handle.streamed in there"
     )
 
 

@@ -153,7 +153,8 @@ def _too_many(program: Program, window: Window, slots: int) -> PlanError:
             f'"{what}" scans a staged stack and uses {listed} at each turn; place those on the device or map them: '
             f'policy=pattern_policy({{"{names[0]}*": "device"}})'
         )
+    loop = "call handle.streamed inside of the loop's body, " if what in ("while", "scan") else ""
     return PlanError(
-        f'"{what}" uses {len(names)} units at once ({listed}), but the ring has {slots} slots; raise slots, make them '
-        "one unit (units=), or map them"
+        f'"{what}" uses {len(names)} units at once ({listed}), but the ring has {slots} slots; {loop}raise slots, make '
+        "them one unit (units=), or map them"
     )

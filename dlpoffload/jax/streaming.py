@@ -102,8 +102,9 @@ def _weights(names: Sequence[str], values: Sequence[Any], staging: Staging) -> W
         home = staging.homes.get(name)
         if home is None or home.placement == "device":
             continue
-        if tuple(np.shape(value)) != home.spec.shape or str(value.dtype) != home.spec.dtype.name:
-            raise SpecError(f'"{name}" was offloaded as {home.spec}, but is {value.dtype}{list(value.shape)} here')
+        found = getattr(value, "dtype", type(value).__name__)
+        if tuple(np.shape(value)) != home.spec.shape or str(found) != home.spec.dtype.name:
+            raise SpecError(f'"{name}" was offloaded as {home.spec}, but is {found}{list(np.shape(value))} here')
         frozen[index] = name
         if home.placement == "host_staged":
             homes[index] = home

@@ -122,6 +122,22 @@ def test_the_barriers_survive_the_levels_of_xla(params: Any, x: Any, level: int)
     assert dj.inspect_compiled(compiled).temporary_nbytes <= 2 * SLOT + SLACK
 
 
+@pytest.mark.parametrize("fun", [loop, scan])
+def test_a_loop_around_it_has_the_ring_too(params: Any, x: Any, fun: Callable[..., Any]) -> None:
+    source, tree, handle = offloaded(params, fun, 2)
+
+    def steps(run: Callable[..., Any], p: Any, x: Any) -> Any:
+        return jax.lax.fori_loop(0, 3, lambda _, x: run(p, x), x)
+
+    compiled = jax.jit(lambda p, x: steps(handle.streamed(fun), p, x)).lower(tree, x).compile()
+    report = dj.inspect_compiled(compiled)
+    print(report)
+    assert report.host_computations == ()
+    assert report.temporary_nbytes <= 2 * SLOT + SLACK
+    wanted = jax.jit(lambda p, x: steps(fun, p, x))(jax.device_put(source, jax.devices("cuda")[0]), x)
+    models.close(compiled(tree, x), wanted, 1e-3)
+
+
 PEAK = """
 import json, sys
 import jax, jax.numpy as jnp, numpy as np

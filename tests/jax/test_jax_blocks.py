@@ -70,6 +70,25 @@ def test_an_eager_loop_holds_no_more_than_its_slots(params: Any, x: Any, at: Any
     assert most == 2 * 2, "two leaves a block, two blocks"
 
 
+def test_an_adapter_that_is_closed_over_keeps_no_copies(params: Any, x: Any, at: Any) -> None:
+    layers = on_host(params["layers"], at)
+
+    def loss(adapter: Any) -> Any:
+        return dj.stream_blocks(lambda layer, x: step(layer, x + x @ adapter), layers, x).sum()
+
+    def resident(adapter: Any) -> Any:
+        y = x
+        for layer in models.resident(params["layers"]):
+            y = step(layer, y + y @ adapter)
+        return y.sum()
+
+    adapter = jnp.full((models.WIDTH, models.WIDTH), 0.01)
+    _, pull = jax.vjp(loss, adapter)
+    models.close(pull(1.0)[0], jax.grad(resident)(adapter), 1e-4)
+    on_device = [leaf for leaf in jax.tree.leaves(pull) if jax.typeof(leaf).memory_space == jax.memory.Space.Device]
+    assert sum(leaf.nbytes for leaf in on_device) < 2 * models.BLOCK_NBYTES, "backward stages the blocks again"
+
+
 def test_a_stack(params: Any, x: Any, at: Any) -> None:
     stack = models.stacked(params)["layers"]
 

@@ -175,6 +175,23 @@ def test_wrong_values_and_names_are_refused(params: dict[str, Any], at: Any, dev
             call("layers.0.w", np.zeros((64, 64), np.float16))
 
 
+def test_values_without_bytes_are_refused(params: dict[str, Any], at: Any, device: str) -> None:
+    budget = 2 * models.BLOCK_NBYTES
+    _, handle = dj.offload(params, budget, device=device, policy=all_staged, units=["layers.*"])
+    deleted = jnp.zeros((64, 64), jnp.float32)
+    deleted.delete()
+    for call in (handle.update, handle.overwrite_):
+        with pytest.raises(SpecError, match=r'"layers.0.w" was deleted'):
+            call("layers.0.w", deleted)
+        with pytest.raises(SpecError, match=r'"layers.0.w" is traced'):
+            jax.eval_shape(lambda value, call=call: call("layers.0.w", value), np.zeros((64, 64), np.float32))
+    leaves = jax.tree.leaves(models.resident(params))
+    leaves[1].delete()
+    for more in ({"policy": all_staged}, {"policy": pattern_policy({"**": "device"})}):
+        with pytest.raises(SpecError, match=r'"layers.0.w" was deleted'):
+            dj.offload(jax.eval_shape(lambda: params), "1MiB", device=device, leaves=leaves, **more)
+
+
 def test_closing_frees_when_the_last_array_is_gone(params: dict[str, Any], at: Any, device: str) -> None:
     tree, handle = dj.offload(params, 2 * models.BLOCK_NBYTES, device=device, policy=all_staged, units=["layers.*"])
     source = jax.tree.map(bits, params)
@@ -227,6 +244,19 @@ def test_leaves_come_one_by_one(params: dict[str, Any], at: Any, device: str) ->
             dj.offload(abstract, 2 * models.BLOCK_NBYTES, device=device, policy=all_staged, leaves=given)
     with pytest.raises(SpecError, match="leaves="):
         dj.offload(abstract, "1MiB", device=device)
+
+
+def test_a_weakly_typed_leaf_of_an_abstract_tree_stays_weak(at: Any, device: str) -> None:
+    values = {"scale": jnp.asarray(2.0), "w": jnp.ones((8, 8), jnp.float32)}
+    abstract = jax.eval_shape(lambda: values)
+    assert abstract["scale"].weak_type
+    leaves = jax.tree.leaves(values)
+    tree, handle = dj.offload(abstract, 0, device=device, policy=all_mapped, leaves=leaves)
+    assert tree["scale"] is values["scale"]
+    assert dict(handle.report().kept) == {"scale": "weakly typed"}
+    large = jax.eval_shape(lambda: jnp.full((600, 600), 1.0))
+    with pytest.raises(SpecError, match="weakly typed"):
+        dj.offload({"leaf": large}, "2MiB", device=device, leaves=[np.ones((600, 600), np.float32)])
 
 
 def test_views_are_taken_in_place_and_read_only_ones_too(at: Any, device: str, tmp_path: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from dlpoffload.planning import all_staged
 jax = pytest.importorskip("jax")
 jnp = jax.numpy
 dj = pytest.importorskip("dlpoffload.jax")
+execute = pytest.importorskip("dlpoffload.jax.execute")
 models = pytest.importorskip("jax_models")
 
 DEPTH = 6
@@ -136,6 +138,29 @@ def test_donated_inputs_and_no_jit(params: Any, x: Any, at: Any, device: str) ->
     assert models.same(tree, params)
 
 
+@pytest.mark.parametrize("derivative", [False, True])
+def test_without_jit_copies_are_dropped(
+    params: Any, x: Any, at: Any, device: str, derivative: bool, monkeypatch: Any
+) -> None:
+    tree, handle = offloaded(params, device)
+    copies: list[Any] = []
+    most = 0
+
+    def counted(weights: Any) -> Any:
+        nonlocal most
+        made = [array.copy() for array in put(weights)]
+        copies.extend(map(weakref.ref, made))
+        most = max(most, sum(copy() is not None for copy in copies))
+        return made
+
+    put = execute.put
+    monkeypatch.setattr(execute, "put", counted)
+    run = handle.streamed(lambda p, x: models.unrolled(p, x).sum())
+    (jax.grad(run, 1) if derivative else run)(tree, x)
+    assert len(copies) >= 2 * DEPTH
+    assert most == 2 * 2, "two leaves a block, two slots"
+
+
 def test_shared_blocks_and_any_order(params: Any, x: Any, at: Any, device: str) -> None:
     tree, handle = offloaded(params, device)
 
@@ -214,6 +239,21 @@ def test_a_conditional_runs_with_its_units_staged(params: Any, x: Any, at: Any, 
         jax.jit(one[1].streamed(fun))(one[0], x, 1)
 
 
+@pytest.mark.parametrize("fun", [models.unrolled, lambda p, x: models.scan(p, x)[0]], ids=["loop", "scan"])
+def test_a_loop_is_around_what_is_streamed(params: Any, x: Any, at: Any, device: str, fun: Callable[..., Any]) -> None:
+    stack = fun is not models.unrolled
+    params = models.stacked(params) if stack else params
+    tree, handle = offloaded(params, device, **({"units": None, "stacked": ["layers"]} if stack else {}))
+
+    def steps(run: Callable[..., Any], p: Any, x: Any) -> Any:
+        return jax.lax.fori_loop(0, 3, lambda _, x: run(p, x), x)
+
+    with pytest.raises(PlanError, match=r"call handle\.streamed in"):
+        jax.jit(handle.streamed(lambda p, x: steps(fun, p, x)))(tree, x)
+    run = jax.jit(lambda p, x: steps(handle.streamed(fun), p, x))
+    models.close(run(tree, x), jax.jit(lambda p, x: steps(fun, p, x))(models.resident(params), x), 1e-4)
+
+
 def test_weights_that_are_kept_by_another_name_are_refused(params: Any, x: Any, at: Any, device: str) -> None:
     tree, handle = offloaded(params, device)
 
@@ -232,6 +272,8 @@ def test_another_tree_is_refused(params: Any, x: Any, at: Any, device: str) -> N
         run({"layers": tree["layers"][:3]}, x)
     with pytest.raises(SpecError, match="was offloaded as"):
         run(jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), models.resident(params)), x)
+    with pytest.raises(SpecError, match=r"was offloaded as .* is float\[\] here"):
+        run(jax.tree.map(lambda leaf: 1.0, tree), x)
     with pytest.raises(SpecError, match="argnum=2"):
         handle.streamed(models.unrolled, argnum=2)(tree, x)
 
