@@ -33,6 +33,11 @@ _CALLS: Final = {
 """Calls that are their body, and the parameter that has it."""
 _PLAIN: Final = {"jit", "pjit", "closed_call", "core_call"}
 _REMAT: Final = {"checkpoint", "remat", "remat2"}
+_MERGES: Final = {
+    *("add", "add_any", "sub", "mul", "div", "max", "min", "select_n"),
+    *("dynamic_update_slice", "scatter", "scatter-add"),
+}
+"""What makes a weight and something else one tensor of the weight's shape."""
 _FORMS: Final = {"convert_element_type", "reshape", "transpose", "squeeze", "expand_dims", "copy", "copy_p"}
 
 
@@ -80,6 +85,9 @@ class Program:
         Of which argument each weight, or weight in another form, is made.
     copies : dict of Id to int
         What is computed from weights alone, and its bytes: as good as a copy of them, should it be kept.
+    merged : dict of Id to int
+        What is as large as a weight and computed from it and something else, such as an adapter; and its bytes. It may
+        also be an activation: a position's embedding added to it.
     """
 
     closed: Any
@@ -91,6 +99,7 @@ class Program:
     forms: dict[Id, tuple[Id, Any]] = field(default_factory=dict)
     bases: dict[Id, int] = field(default_factory=dict)
     copies: dict[Id, int] = field(default_factory=dict)
+    merged: dict[Id, int] = field(default_factory=dict)
     _count: int = 0
 
     def new(self) -> Id:
@@ -167,9 +176,11 @@ def _append(program: Program, equation: Any, inputs: list[Atom]) -> Sequence[Ato
     # That of a weight, of what is made of weights alone, of a constant; not of what depends on an activation.
     alone = [base is not None or _is_copy(program, atom) for base, atom in zip(bases, inputs, strict=True)]
     fixed = [isinstance(atom, Value) for atom in inputs]
-    for made, variable, copied in zip(outputs, equation.outvars, made_alone(equation, alone, fixed), strict=True):
-        if copied:
-            program.copies[made] = variable.aval.size * variable.aval.dtype.itemsize
+    results = zip(outputs, equation.outvars, made_alone(equation, alone, fixed), merged(equation, alone), strict=True)
+    for made, variable, copied, as_large in results:
+        if copied or as_large:
+            kept = program.copies if copied else program.merged
+            kept[made] = variable.aval.size * variable.aval.dtype.itemsize
     return outputs
 
 
@@ -193,6 +204,24 @@ def made_alone(equation: Any, alone: Sequence[bool], fixed: Sequence[bool]) -> l
         constant = all(f for _, f in states)
         known.update((v, (made, constant)) for v, made in zip(inner.outvars, results, strict=True))
     return [not isinstance(v, core.Literal) and known.get(v, (False, True))[0] for v in jaxpr.outvars]
+
+
+def merged(equation: Any, weights: Sequence[bool]) -> list[bool]:
+    """Which results are as large as a weight among the inputs, and made of it and something else; into bodies, too."""
+    name = equation.primitive.name
+    if name == "scan" or name in _CALLS:
+        body = equation.params["jaxpr" if name == "scan" else _CALLS[name]]
+        jaxpr = body.jaxpr if isinstance(body, core.ClosedJaxpr) else body
+        known = dict(zip(jaxpr.invars, weights, strict=True))
+        found: dict[Any, bool] = {}
+        for inner in jaxpr.eqns:
+            states = [not isinstance(v, core.Literal) and known.get(v, False) for v in inner.invars]
+            if inner.primitive.name in _FORMS:
+                known[inner.outvars[0]] = states[0]
+            found.update(zip(inner.outvars, merged(inner, states), strict=True))
+        return [not isinstance(v, core.Literal) and found.get(v, False) for v in jaxpr.outvars]
+    shapes = {v.aval.shape for v, weight in zip(equation.invars, weights, strict=True) if weight}
+    return [name in _MERGES and v.aval.ndim > 1 and v.aval.shape in shapes for v in equation.outvars]
 
 
 def _barrier(program: Program, inputs: Sequence[Atom]) -> list[Atom]:

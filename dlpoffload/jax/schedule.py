@@ -7,13 +7,19 @@ the boundary behind that window. This is what makes the look-ahead, and what bou
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Final
 
 from ..errors import PlanError
 from ..spec import format_nbytes
 from .program import Id, Program
 
 __all__ = ["Copy", "Schedule", "Window", "schedule"]
+
+_SPARE_SHARE: Final = 50
+_SPARE_NBYTES: Final = 64 << 10
+"""What may be kept on the device beside the ring: one in so many bytes of it, or so many."""
 
 
 @dataclass(slots=True)
@@ -99,11 +105,11 @@ def schedule(program: Program, slots: int) -> Schedule:
         for step in program.steps[window.start : window.end]:
             for weight in step.weights:
                 made.copy_of[-1][program.homes[weight].unit].weights.add(weight)
-    _check_kept(program, made)
+    _check_kept(program, made, slots)
     return made
 
 
-def _check_kept(program: Program, made: Schedule) -> None:
+def _check_kept(program: Program, made: Schedule, slots: int) -> None:
     """Refuse a program that keeps weights on the device by another name."""
     window_of: dict[Id, int] = {}
     last_use: dict[Id, int] = {}
@@ -112,16 +118,28 @@ def _check_kept(program: Program, made: Schedule) -> None:
             window_of.update((result, index) for result in step.outputs)
             last_use.update((atom, index) for atom in step.inputs if isinstance(atom, Id))
     last_use.update((atom, len(made.windows)) for atom in program.outputs if isinstance(atom, Id))
-    kept = sum(n for result, n in program.copies.items() if last_use.get(result, -1) > window_of[result])
-    largest = max(
-        (sum(program.homes[weight].spec.nbytes for weight in copy.weights) for copy in made.copies), default=0
+
+    def kept(made: Mapping[Id, int]) -> int:
+        return sum(n for result, n in made.items() if last_use.get(result, -1) > window_of[result])
+
+    slot = max((sum(program.homes[weight].spec.nbytes for weight in copy.weights) for copy in made.copies), default=0)
+    slot += sum(program.homes[s].spec.nbytes // program.homes[s].rows for step in program.steps for s in step.stacks)
+    copies, merged = kept(program.copies), kept(program.merged)
+    remedy = (
+        "They would stay on the device for all units at once; put jax.checkpoint around the block, or around the body "
+        "of a scan, so that they are made again"
     )
-    rows = (program.homes[s].spec.nbytes // program.homes[s].rows for step in program.steps for s in step.stacks)
-    if kept > largest + sum(rows):
+    # Scales with one added, and the like, are small.
+    if copies > max(slots * slot // _SPARE_SHARE, _SPARE_NBYTES):
         raise PlanError(
-            f"{format_nbytes(kept)} that are computed from staged weights alone are kept for later, most often for a "
-            "backward pass: casts, or weights that were unpacked. They would stay on the device for all units at once; "
-            "put jax.checkpoint around the block, or around the body of the scan, so that they are made again"
+            f"{format_nbytes(copies)} that are computed from staged weights alone are kept for later, most often for a "
+            f"backward pass: casts, or weights that were unpacked. {remedy}"
+        )
+    if copies + merged > slot:
+        raise PlanError(
+            f"{format_nbytes(copies + merged)} that are as large as the staged weights that they are computed from are "
+            f"kept for later, most often for a backward pass: weights with an adapter merged into them. {remedy}, or "
+            "apply the adapter to the activations: x @ w + x @ a @ b"
         )
 
 

@@ -119,7 +119,20 @@ def run_streamed(
     name: str,
     traced: Callable[[ProgramReport], None],
 ) -> Any:
-    """Run a function of flat leaves with its weights staged; leaves that are no arrays are constants of the trace."""
+    """Run a function of flat leaves with its weights staged; leaves that are no arrays are constants of the trace.
+
+    Raises
+    ------
+    SpecError
+        Weights are constants of a program that is traced around this.
+    """
+    closed_over = [what for i, what in weights.frozen.items() if not isinstance(leaves[i], jax.core.Tracer)]
+    if closed_over and isinstance(jax.numpy.zeros(()), jax.core.Tracer):
+        raise SpecError(
+            f"{len(closed_over)} offloaded leaves ({_listed(closed_over)}) are closed over by a function that jax.jit "
+            "traces: they would become constants of its program, on the device, all of them; pass the tree as an "
+            "argument of that function"
+        )
     moving = [index for index, leaf in enumerate(leaves) if isinstance(leaf, jax.Array | np.ndarray | np.generic)]
     position = {index: i for i, index in enumerate(moving)}
     values = [leaves[index] for index in moving]
@@ -137,6 +150,10 @@ def run_streamed(
         weights.slots,
     )
     return _Streamed(of_arrays, values, inner, name, traced).run(values)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(f'"{name}"' for name in names[:3]) + (" …" if len(names) > 3 else "")
 
 
 class _Streamed:
@@ -180,11 +197,10 @@ def _differentiable(streamed: _Streamed, count: int) -> Callable[..., list[Any]]
         asked = tuple(i for i, argument in enumerate(arguments) if argument.perturbed)
         wrong = [streamed.weights.frozen[i - count] for i in asked if i - count in streamed.weights.frozen]
         if wrong:
-            listed = ", ".join(f'"{name}"' for name in wrong[:3]) + (" …" if len(wrong) > 3 else "")
             raise GradientError(
-                f"a gradient is asked for {len(wrong)} offloaded leaves ({listed}), which would be as large as they "
-                "are, on the device; differentiate with respect to inputs and adapters, or keep those leaves on the "
-                "device"
+                f"a gradient is asked for {len(wrong)} offloaded leaves ({_listed(wrong)}), which would be as large as "
+                "they are, on the device; differentiate with respect to inputs and adapters, or keep those leaves on "
+                "the device"
             )
         return _forward(streamed, count, [argument.value for argument in arguments], asked)
 

@@ -109,12 +109,12 @@ def test_what_is_closed_over_has_its_gradient(params: Any, x: Any, at: Any, devi
     def with_adapter(p: Any, x: Any, a: Any) -> Any:
         return models.unrolled(p, x + x @ a)
 
-    def through(a: Any) -> Any:
+    def through(tree: Any, a: Any) -> Any:
         return handle.streamed(lambda p, x: with_adapter(p, x, a))(tree, x).sum()
 
     adapter = jnp.full((models.WIDTH, models.WIDTH), 0.01)
     wanted = jax.grad(lambda a: with_adapter(models.resident(params), x, a).sum())(adapter)
-    models.close(jax.jit(jax.grad(through))(adapter), wanted, 1e-4)
+    models.close(jax.jit(jax.grad(through, 1))(tree, adapter), wanted, 1e-4)
 
 
 def test_vmap_and_checkpoint_around(params: Any, x: Any, at: Any, device: str) -> None:
@@ -124,8 +124,8 @@ def test_vmap_and_checkpoint_around(params: Any, x: Any, at: Any, device: str) -
     wanted = jax.jit(jax.vmap(models.unrolled, (None, 0)))(models.resident(params), many)
     models.close(jax.jit(jax.vmap(run, (None, 0)))(tree, many), wanted)
     models.close(jax.jit(handle.streamed(jax.vmap(models.unrolled, (None, 0))))(tree, many), wanted)
-    grad = jax.jit(jax.grad(lambda x: jax.checkpoint(run)(tree, x).sum()))
-    models.close(grad(x), jax.grad(lambda x: models.unrolled(models.resident(params), x).sum())(x))
+    grad = jax.jit(jax.grad(lambda p, x: jax.checkpoint(run)(p, x).sum(), 1))
+    models.close(grad(tree, x), jax.grad(lambda x: models.unrolled(models.resident(params), x).sum())(x))
 
 
 def test_donated_inputs_and_no_jit(params: Any, x: Any, at: Any, device: str) -> None:
@@ -207,9 +207,29 @@ def test_kept_leaves_and_static_arguments_pass(params: Any, x: Any, at: Any, dev
         return p["act"](models.unrolled(p, x) + noise) * p["scale"] + shift
 
     wanted = fun({**params, "layers": models.resident(params["layers"])}, x, "train", shift=1.0)
-    models.close(jax.jit(lambda x: handle.streamed(fun)(tree, x, "train", shift=1.0))(x), wanted)
-    argument = jax.jit(lambda x: handle.streamed(lambda mode, p: fun(p, x, mode, shift=1.0), argnum=1)("train", tree))
-    models.close(argument(x), wanted)
+
+    @jax.jit
+    def run(layers: Any, x: Any) -> Any:
+        return handle.streamed(fun)({**tree, "layers": layers}, x, "train", shift=1.0)
+
+    @jax.jit
+    def argument(layers: Any, x: Any) -> Any:
+        whole = {**tree, "layers": layers}
+        return handle.streamed(lambda mode, p: fun(p, x, mode, shift=1.0), argnum=1)("train", whole)
+
+    models.close(run(tree["layers"], x), wanted)
+    models.close(argument(tree["layers"], x), wanted)
+
+
+def test_a_tree_that_a_program_closes_over_is_refused(params: Any, x: Any, at: Any, device: str) -> None:
+    tree, handle = offloaded(params, device)
+    run = handle.streamed(models.unrolled)
+    with pytest.raises(SpecError, match=r'"layers\.0\.b".* closed over .* pass the tree as an argument'):
+        jax.jit(lambda x: run(tree, x))(x)
+    if device != "cpu":  # whose arrays in host memory are arrays like any others
+        with pytest.raises(SpecError, match="closed over"):
+            jax.jit(lambda x: dj.stream_blocks(models.block, tree["layers"], x))(x)
+    models.close(run(tree, x), models.unrolled(models.resident(params), x))
 
 
 def test_weights_may_be_returned(params: Any, x: Any, at: Any, device: str) -> None:
@@ -263,6 +283,56 @@ def test_weights_that_are_kept_by_another_name_are_refused(params: Any, x: Any, 
 
     with pytest.raises(PlanError, match="computed from staged weights alone"):
         jax.jit(handle.streamed(fun))(tree, x)
+
+
+def wide(rng: np.random.Generator, device: str, stack: bool) -> tuple[Any, Any, Any, Any]:
+    """Four units of 256 KiB, adapters for them, and an input."""
+    weights = rng.standard_normal((4, 256, 256)).astype(np.float32) / 16
+    host = {"w": weights} if stack else [{"w": w} for w in weights]
+    options: dict[str, Any] = {"stacked": ["layers"]} if stack else {"units": ["layers.*"]}
+    tree, handle = dj.offload({"layers": host}, "600KiB", device=device, policy=all_staged, slots=2, **options)
+    adapter = jnp.full((256, 4), 0.01), jnp.full((4, 256), 0.01)
+    return tree, handle, adapter, jnp.ones((1, 256))
+
+
+@pytest.mark.parametrize("stack", [False, True], ids=["loop", "scan"])
+def test_adapters_that_are_merged_are_refused_where_they_would_be_kept(
+    rng: np.random.Generator, device: str, stack: bool
+) -> None:
+    tree, handle, adapter, x = wide(rng, device, stack)
+
+    def model(block: Callable[..., Any]) -> Callable[..., Any]:
+        def fun(p: Any, adapter: Any, x: Any) -> Any:
+            if stack:
+                return jax.lax.scan(lambda x, layer: (block(layer, adapter, x), None), x, p["layers"])[0].sum()
+            for layer in p["layers"]:
+                x = block(layer, adapter, x)
+            return x.sum()
+
+        return fun
+
+    merging = lambda layer, ab, x: x + jnp.tanh(x @ (layer["w"] + ab[0] @ ab[1]))  # noqa: E731
+    beside = lambda layer, ab, x: x + jnp.tanh(x @ layer["w"] + x @ ab[0] @ ab[1])  # noqa: E731
+    forward = jax.jit(handle.streamed(model(merging)))(tree, adapter, x)
+    assert models.same(forward, jax.jit(handle.streamed(model(merging)))(models.resident(tree), adapter, x))
+    with pytest.raises(PlanError, match=r"an adapter merged into them.* jax\.checkpoint .* x @ a @ b"):
+        jax.jit(jax.grad(handle.streamed(model(merging)), 2))(tree, adapter, x)
+    wanted = jax.jit(jax.grad(model(merging), (1, 2)))(models.resident(tree), adapter, x)
+    for block in (jax.checkpoint(merging), beside):
+        models.close(jax.jit(jax.grad(handle.streamed(model(block)), (1, 2)))(tree, adapter, x), wanted, 1e-4)
+
+
+def test_one_kept_copy_of_a_unit_is_more_than_the_budget(rng: np.random.Generator, device: str) -> None:
+    tree, handle, _, x = wide(rng, device, stack=False)
+
+    def fun(p: Any, x: Any) -> Any:
+        for index, layer in enumerate(p["layers"]):
+            x = x + jnp.tanh(x @ (layer["w"] if index else layer["w"] * 2))
+        return x.sum()
+
+    jax.jit(handle.streamed(fun))(tree, x)
+    with pytest.raises(PlanError, match="computed from staged weights alone"):
+        jax.jit(jax.grad(handle.streamed(fun), 1))(tree, x)
 
 
 def test_another_tree_is_refused(params: Any, x: Any, at: Any, device: str) -> None:
