@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import pytest
 
 import dlpoffload as dlpo
-from dlpoffload import HostBuffer, HostStore, TensorSpec, _native, blocks, lifetime, pages, registrations, wall
+from dlpoffload import HostBuffer, HostStore, TensorSpec, _native, blocks, lifetime, limits, pages, registrations, wall
 from dlpoffload.driver import installed
 from dlpoffload.driver.cpu import CpuDriver
 from dlpoffload.driver.topology import numa_node_of
@@ -72,7 +73,7 @@ def test_an_empty_hugetlb_pool_gives_transparent_pages(monkeypatch: pytest.Monke
 
 
 def test_the_hugetlb_pool_is_no_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
         raise HostMemoryError("too much", nbytes=1)
 
     monkeypatch.setattr(blocks, "check_pinning", refuse)
@@ -416,6 +417,66 @@ def test_host_budget_overrides_what_the_system_says(monkeypatch: pytest.MonkeyPa
         HostBuffer.allocate(PAGE, device="cpu")
     assert caught.value.limit == "free memory (MemAvailable)"
     HostBuffer.allocate(PAGE, device="cpu", host_budget="1GiB").close()
+
+
+def test_what_is_being_pinned_in_the_background_is_not_promised_twice() -> None:
+    before, go = dlpo.pinned_nbytes(), threading.Event()
+    chunked: dict[str, Any] = {"device": "cpu", "background": True, "chunk_nbytes": 2 * MIB}
+    first = HostBuffer.allocate(6 * MIB, **chunked, progress=lambda *_: go.wait(20))
+    assert first.pinning is not None
+    assert first.pinning.wait(2 * MIB, timeout_s=20)
+    budget = before + 10 * MIB
+    for options in (chunked, {"device": "cpu"}):
+        with pytest.raises(HostMemoryError, match=r"4194304 bytes \(4\.00 MiB\) being pinned, and host_budget is"):
+            HostBuffer.allocate(6 * MIB, **options, host_budget=budget)
+    HostBuffer.allocate(4 * MIB, device="cpu", host_budget=budget).close()
+    first.pinning.cancel()
+    go.set()
+    first.pinning.join()
+    HostBuffer.allocate(8 * MIB, device="cpu", host_budget=budget).close()  # what was cancelled is free again
+    first.close()
+    with HostBuffer.allocate(10 * MIB, **chunked, host_budget=budget) as buffer:
+        assert buffer.pinning is not None
+        assert buffer.pinning.wait(timeout_s=20)
+        assert registrations.promised() == (0, 0)
+
+
+def test_threads_are_not_promised_the_same_bytes() -> None:
+    budget, start = dlpo.pinned_nbytes() + 40 * MIB, threading.Barrier(4)
+
+    def allocate(_: int) -> HostBuffer | HostMemoryError:
+        start.wait()
+        try:
+            return HostBuffer.allocate(16 * MIB, device="cpu", host_budget=budget)
+        except HostMemoryError as error:
+            return error
+
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(allocate, range(4)))
+    assert dlpo.pinned_nbytes() <= budget
+    assert sum(isinstance(one, HostBuffer) for one in made) == 2
+    # Errors are still held here, and hold no promise.
+    HostBuffer.allocate(8 * MIB, device="cpu", host_budget=budget).close()
+    for one in made:
+        if isinstance(one, HostBuffer):
+            one.close()
+
+
+def test_pageable_memory_does_not_count_pinned_pages_of_files_as_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(4 * MIB))
+    with path.open("rb") as opened:
+        mapping = mmap.mmap(opened.fileno(), 0, mmap.MAP_SHARED, mmap.PROT_READ)
+    poor = replace(host_limits(), mem_total_nbytes=64 * MIB, mem_available_nbytes=8 * MIB, cgroups=())
+    monkeypatch.setattr(limits, "host_limits", lambda: poor)
+    HostBuffer.allocate(5 * MIB, device="cpu", pinned=False).close()
+    with (
+        HostBuffer.register(mapping, device="cpu"),
+        pytest.raises(HostMemoryError, match="pages of files that this process has pinned"),
+    ):
+        HostBuffer.allocate(5 * MIB, device="cpu", pinned=False)
 
 
 def test_pinned_pages_of_files_are_not_free_though_the_kernel_says_so() -> None:
