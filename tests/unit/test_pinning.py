@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from dlpoffload.driver.cpu import CpuDriver
 from dlpoffload.driver.topology import numa_node_of
 from dlpoffload.errors import AliasError, ClosedError, HostMemoryError, RegistrationError, SpecError
 from dlpoffload.limits import check_host_budget, host_limits
+from dlpoffload.store import pinned
 
 np = pytest.importorskip("numpy")
 
@@ -460,6 +462,20 @@ def test_threads_are_not_promised_the_same_bytes() -> None:
     for one in made:
         if isinstance(one, HostBuffer):
             one.close()
+
+
+def test_host_budget_bounds_the_hugetlb_pool_and_free_memory_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = fallback(monkeypatch, [2 * MIB], {2 * MIB})
+    with pytest.raises(HostMemoryError, match="host_budget is 1048576 bytes"):
+        HostBuffer.allocate(2 * MIB, device="cpu", huge_pages="hugetlb", host_budget=MIB)
+    assert not asked, "the pool was asked before the budget"
+    poor = replace(host_limits(), mem_total_nbytes=64 * MIB, mem_available_nbytes=3 * MIB, cgroups=())
+    monkeypatch.setattr(blocks, "host_limits", lambda: poor)
+    tensors = {"w": bytearray(8 * MIB)}
+    for free, fits in ((8 * MIB, True), (2 * MIB, False)):
+        monkeypatch.setattr(pinned, "pool_nbytes", lambda free=free: free)
+        with nullcontext() if fits else pytest.raises(HostMemoryError):
+            HostStore.copy_of(tensors, device="cpu", huge_pages="hugetlb").close()
 
 
 def test_pageable_memory_does_not_count_pinned_pages_of_files_as_free(
