@@ -26,9 +26,10 @@ from dlpoffload.driver.cpu import CpuDriver
 from dlpoffload.driver.topology import numa_node_of
 from dlpoffload.errors import AliasError, ClosedError, HostMemoryError, RegistrationError, SpecError
 from dlpoffload.limits import check_host_budget, host_limits
-from dlpoffload.store import pinned
+from dlpoffload.store import files, pinned
 
 np = pytest.importorskip("numpy")
+save_file = pytest.importorskip("safetensors.numpy").save_file
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -347,6 +348,28 @@ def test_a_checkpoint_in_the_background(slow: Slow, tmp_path: Path, rng: Any, wa
         assert bytes(store.host_view(name).memoryview()) == tensors[name].tobytes()
     assert store.pinning.wait(timeout_s=20)
     assert seen[-1][0] == seen[-1][1]
+    store.close()
+
+
+@pytest.mark.parametrize("way", ["map_file", "copy_of"])
+def test_progress_may_use_the_store(tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_CHUNK_NBYTES", PAGE)
+    save_file({name: np.full(PAGE, ord(name), np.uint8) for name in "abc"}, tmp_path / "w.safetensors")
+    units, stores, ready = {name: [name] for name in "abc"}, list[HostStore](), threading.Event()
+    seen: list[int] = []
+
+    def look(*_: int) -> None:
+        ready.wait(20)
+        seen.append(int(np.from_dlpack(stores[0].host_view("c"))[0]))
+
+    store = getattr(HostStore, way)(
+        tmp_path / "w.safetensors", units=units, device="cpu", background=True, progress=look
+    )
+    stores.append(store)
+    ready.set()
+    assert store.pinning.wait(timeout_s=20)
+    assert set(seen) == {ord("c")}
+    stores.clear()
     store.close()
 
 
