@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import inspect
 import mmap
 import os
 import subprocess
@@ -635,6 +636,20 @@ def test_live_memory_says_for_whom_and_from_where(tmp_path: Path, rng: Any) -> N
         dlpo.trace_allocations(False)
     with HostBuffer.allocate(PAGE, device="cpu"):
         assert dlpo.live_memory()[-1].origin == ""
+
+
+@pytest.mark.parametrize("way", ["map_file", "copy_of"])
+def test_memory_pinned_in_the_background_is_from_the_line_that_asked(tmp_path: Path, way: str) -> None:
+    save_file({"w": np.zeros(PAGE, np.uint8)}, tmp_path / "w.safetensors")
+    lifetime.trace_allocations(True)
+    try:
+        store = getattr(HostStore, way)(tmp_path / "w.safetensors", device="cpu", background=True)
+        line = inspect.currentframe().f_lineno - 1  # type: ignore[union-attr]  # CPython has frames
+        assert store.pinning.wait(timeout_s=20)
+        assert f"{__file__}:{line}" in [memory.origin for memory in dlpo.live_memory()]
+        store.close()
+    finally:
+        lifetime.trace_allocations(False)
 
 
 def test_doctor_shows_who_holds_what() -> None:
