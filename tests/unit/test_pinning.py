@@ -356,7 +356,8 @@ def test_a_checkpoint_in_the_background(slow: Slow, tmp_path: Path, rng: Any, wa
 def test_progress_may_use_the_store(tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "_CHUNK_NBYTES", PAGE)
     save_file({name: np.full(PAGE, ord(name), np.uint8) for name in "abc"}, tmp_path / "w.safetensors")
-    units, stores, ready = {name: [name] for name in "abc"}, list[HostStore](), threading.Event()
+    units, ready = {name: [name] for name in "abc"}, threading.Event()
+    stores: list[HostStore] = []
     seen: list[int] = []
 
     def look(*_: int) -> None:

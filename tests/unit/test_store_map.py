@@ -369,7 +369,7 @@ class Refusing(CpuDriver):
 
 
 def test_a_file_system_that_refuses(file: tuple[Path, dict[str, Any]]) -> None:
-    path, _ = file
+    path, tensors = file
     before = live_buffers()
     with installed(Refusing()):
         with pytest.raises(RegistrationError, match=r"model\.safetensors.*HostStore\.copy_of"):
@@ -377,9 +377,11 @@ def test_a_file_system_that_refuses(file: tuple[Path, dict[str, Any]]) -> None:
         lifetime.drain()
         assert live_buffers() == before
         assert "model.safetensors" not in Path("/proc/self/maps").read_text()
-        with HostStore.open(path, device="cpu") as store:
-            assert store.mode == "copy"
-            assert "cannot be pinned" in store.because
+        for background in (False, True):
+            with HostStore.open(path, device="cpu", background=background) as store:
+                assert store.mode == "copy"
+                assert "cannot be pinned" in store.because
+                assert stored(store) == raw(tensors)
 
 
 def test_what_stays_registered_is_not_unmapped(
