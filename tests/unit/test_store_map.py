@@ -8,6 +8,7 @@ import gc
 import json
 import mmap
 import os
+import resource
 import struct
 import subprocess
 import sys
@@ -458,6 +459,34 @@ def test_more_than_the_budget_is_refused_before_anything_is_mapped(file: tuple[P
     assert caught.value.limit == "host_budget"
     assert "model.safetensors" not in Path("/proc/self/maps").read_text()
     HostStore.map_file(path, device="cpu", host_budget=pinned_nbytes() + 64 * PAGE).close()
+
+
+def test_too_many_open_files(tmp_path: Path) -> None:
+    shards = {f"w{at}": f"{at}.safetensors" for at in range(20)}
+    for name, shard in shards.items():
+        save_file({name: np.zeros(PAGE, np.uint8)}, tmp_path / shard)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": shards}))
+    HostStore.map_file(index, device="cpu").close()  # whatever is opened once and for all
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    before = sorted(os.listdir("/proc/self/fd"))
+    highest = max(map(int, before))
+    try:
+        for more in range(8, 44, 5):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (highest + more, hard))
+            try:
+                with HostStore.open(index, mode="map", device="cpu"):
+                    pass
+            except (CheckpointError, RegistrationError) as error:
+                assert "open files" in str(error) or "ulimit -n" in str(error)
+            else:
+                assert more > 20
+            lifetime.drain()
+            gc.collect()
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            assert sorted(os.listdir("/proc/self/fd")) == before
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_no_permission(file: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
