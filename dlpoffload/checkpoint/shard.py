@@ -130,9 +130,11 @@ def _check_unchanged(path: Path, descriptor: int, nbytes: int, changed_ns: int) 
     status = os.fstat(descriptor)
     # A write to a sealed file is refused, and sets its time of change all the same.
     if status.st_size != nbytes or (status.st_mtime_ns != changed_ns and not is_sealed(descriptor)):
+        now = "as many" if status.st_size == nbytes else str(status.st_size)
+        also = ", and another time of change" if status.st_size == nbytes else ""
         raise CheckpointError(
             f'"{path}" changed while it was read: it had {format_nbytes(nbytes)} when it was '
-            f"opened and has {status.st_size} now; read it again when nobody writes to it"
+            f"opened and has {now} now{also}; read it again when nobody writes to it"
         )
 
 
