@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import contextvars
 import os
 import threading
 import weakref
@@ -11,6 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import Literal
 
 from .errors import ClosedError, OffloadError
+from .lifetime import context_of_thread
 from .spec import format_nbytes
 
 __all__ = ["Background", "Progress"]
@@ -39,7 +39,7 @@ class Background:
         self._done_nbytes = 0
         self._error: BaseException | None = None
         self._ended = False
-        context = contextvars.copy_context()  # whom the memory is accounted to
+        context = context_of_thread()
         self._pid = os.getpid()
         self._thread = threading.Thread(target=context.run, args=(self._run,), name="dlpoffload-pin", daemon=True)
 

@@ -21,10 +21,13 @@ from .maps import Access
 from .pages import Pages, PinOptions, map_pages, populate, refused
 from .registrations import (
     MAX_REGISTRATION,
+    Promise,
     Registration,
     borders,
     pinned_file_nbytes,
     pinned_nbytes,
+    promised,
+    promising,
     registrations,
 )
 from .spec import format_nbytes
@@ -37,6 +40,7 @@ __all__ = [
     "allocate_pageable",
     "allocate_pinned",
     "check_pinning",
+    "check_taking",
     "mapped_pages",
     "pin_pages",
     "pinned_block",
@@ -80,33 +84,58 @@ class Block:
         yield byte_offset, end - byte_offset
 
 
-def check_pinning(nbytes: int, driver: Driver, host_budget: int | None = None, *, there_nbytes: int = 0) -> None:
+def check_pinning(
+    nbytes: int,
+    driver: Driver,
+    host_budget: int | None = None,
+    *,
+    there_nbytes: int = 0,
+    promise: Promise | None = None,
+) -> None:
     """Refuse, with the figures, what this machine or `host_budget` has not; before anything is mapped.
 
     Of the bytes about to be pinned, `there_nbytes` are memory already that the system counts as used: for them it only
-    has to give page tables.
+    has to give page tables. With a `promise` they count as gone from now on, until it is kept or dropped: two threads
+    are never promised the same bytes.
     """
     lifetime.drain()  # first: what waits to be freed is not missing
-    pinned, limits = pinned_nbytes(), host_limits()
-    new_nbytes = nbytes - there_nbytes + there_nbytes // _PAGE * PAGE_TABLE_ENTRY_NBYTES
-    check_host_budget(
-        nbytes if host_budget is not None else new_nbytes,
-        limits,
-        pinned_nbytes=pinned,
-        pinned_file_nbytes=pinned_file_nbytes(),
-        host_budget=host_budget,
-    )
-    check_wall(nbytes, pinned, driver, limits)
+    with promising:
+        (others, others_new), pinned, limits = promised(), pinned_nbytes(), host_limits()
+        new_nbytes = nbytes - there_nbytes + there_nbytes // _PAGE * PAGE_TABLE_ENTRY_NBYTES
+        check_host_budget(
+            nbytes if host_budget is not None else new_nbytes,
+            limits,
+            pinned_nbytes=pinned,
+            pinned_file_nbytes=pinned_file_nbytes(),
+            promised_nbytes=others if host_budget is not None else others_new,
+            host_budget=host_budget,
+        )
+        check_wall(nbytes, pinned, driver, limits)
+        if promise is not None:
+            promise.make(nbytes, new_nbytes)
+
+
+def check_taking(nbytes: int) -> None:
+    """The same for memory that is taken and not pinned."""
+    check_host_budget(nbytes, pinned_file_nbytes=pinned_file_nbytes(), promised_nbytes=promised()[1])
 
 
 @contextmanager
-def mapped_pages(nbytes: int, driver: Driver, options: PinOptions) -> Iterator[Pages]:
+def mapped_pages(nbytes: int, driver: Driver, options: PinOptions, promise: Promise) -> Iterator[Pages]:
     """Map anonymous pages after a look at the limits, and unmap them when the block raises."""
-    pages = map_pages(nbytes, driver, options, lambda: check_pinning(nbytes, driver, options.host_budget))
+
+    def check() -> None:
+        check_pinning(nbytes, driver, options.host_budget, promise=promise)
+
     try:
-        yield pages
-    except BaseException as error:
-        lifetime.undo("pinned", nbytes, partial(unmap_pages, pages, nbytes, driver), error)
+        pages = map_pages(nbytes, driver, options, check)
+        try:
+            yield pages
+        except BaseException as error:
+            lifetime.undo("pinned", nbytes, partial(unmap_pages, pages, nbytes, driver), error)
+            raise
+    except BaseException:
+        promise.keep()  # now: whoever keeps the error keeps the promise
         raise
 
 
@@ -119,13 +148,15 @@ def unmap_pages(pages: Pages, nbytes: int, driver: Driver) -> None:
     _native.unmap(pages.pointer, pages.mapped_nbytes)
 
 
-def pin_pages(pages: Pages, byte_offset: int, nbytes: int, driver: Driver) -> list[Registration]:
+def pin_pages(pages: Pages, byte_offset: int, nbytes: int, driver: Driver, promise: Promise) -> list[Registration]:
     """Populate and register a range of anonymous pages; HostMemoryError when the machine has not that much."""
     populate(pages, byte_offset, nbytes)
     start = pages.pointer + byte_offset
     try:
         with lifetime.lock:
-            return registrations.acquire(start, start + nbytes, driver, read_only=False)
+            used = registrations.acquire(start, start + nbytes, driver, read_only=False)
+            promise.keep(nbytes)
+            return used
     except RegistrationError as cause:
         raise HostMemoryError(
             f"{format_nbytes(nbytes)} of host memory could not be pinned for {driver.device}: {cause}", nbytes=nbytes
@@ -138,8 +169,9 @@ def allocate_pinned(nbytes: int, driver: Driver, options: PinOptions | None = No
     Source: huge pages populated before they are registered are pinned about twice as fast as cuMemHostAlloc.
     """
     lifetime.drain()
-    with mapped_pages(nbytes, driver, options or PinOptions()) as pages:
-        used = pin_pages(pages, 0, nbytes, driver)
+    promise = Promise()
+    with mapped_pages(nbytes, driver, options or PinOptions(), promise) as pages:
+        used = pin_pages(pages, 0, nbytes, driver, promise)
 
     def release() -> None:
         with lifetime.lock:
@@ -236,7 +268,7 @@ def _pinned_by_others(pointer: int, nbytes: int, driver: Driver) -> bool:
 def allocate_pageable(nbytes: int, driver: Driver | None = None) -> Block:
     """Map anonymous memory that is not pinned. With a `driver`, copies enqueued out of it end before it is unmapped."""
     if nbytes >= _UNCHECKED:  # reading the limits takes longer than a small copy
-        check_host_budget(nbytes)
+        check_taking(nbytes)
     size = max(nbytes, 1)
     try:
         pointer = _native.map_anonymous(size, _PAGE, False)

@@ -12,7 +12,7 @@ from .blocks import Block, mapped_pages, pin_pages, unmap_pages
 from .driver import Driver
 from .errors import RegistrationError, SpecError
 from .pages import Pages, PinOptions
-from .registrations import MAX_REGISTRATION, Registration, registrations
+from .registrations import MAX_REGISTRATION, Promise, Registration, registrations
 from .spec import format_nbytes
 
 __all__ = ["allocate_chunked"]
@@ -29,7 +29,8 @@ def allocate_chunked(
             f"chunk_nbytes={chunk_nbytes}; a chunk is a multiple of 2 MiB, at most {format_nbytes(MAX_REGISTRATION)}"
         )
     used: list[Registration] = []
-    with mapped_pages(nbytes, driver, options) as pages:
+    promise = Promise()
+    with mapped_pages(nbytes, driver, options, promise) as pages:
         if pages.is_hugetlb and chunk_nbytes % pages.page_nbytes:
             raise SpecError(
                 f"chunk_nbytes={chunk_nbytes} is no multiple of a page of {format_nbytes(pages.page_nbytes)}"
@@ -44,22 +45,30 @@ def allocate_chunked(
     between = tuple(pages.pointer + at for at in range(chunk_nbytes, nbytes, chunk_nbytes))
     block = Block(owner, driver, nbytes, pages.pointer, None, pinned=True, borders=between, notes=tuple(pages.notes))
     # The thread is a user of the memory: it is not freed before the thread has ended.
-    steps = _chunks(block, pages, chunk_nbytes, used, owner.reference())
+    steps = _chunks(block, pages, chunk_nbytes, used, promise, owner.reference())
     return block, Background(steps, nbytes, progress)
 
 
 def _chunks(
-    block: Block, pages: Pages, chunk_nbytes: int, used: list[Registration], _user: _native.Reference
+    block: Block,
+    pages: Pages,
+    chunk_nbytes: int,
+    used: list[Registration],
+    promise: Promise,
+    _user: _native.Reference,
 ) -> Iterator[tuple[int, Callable[[], None]]]:
-    for at in range(0, block.nbytes, chunk_nbytes):
-        nbytes = min(chunk_nbytes, block.nbytes - at)
-        yield nbytes, partial(_pin, block, pages, at, nbytes, used)
+    try:
+        for at in range(0, block.nbytes, chunk_nbytes):
+            nbytes = min(chunk_nbytes, block.nbytes - at)
+            yield nbytes, partial(_pin, block, pages, at, nbytes, used, promise)
+    finally:
+        promise.keep()
 
 
-def _pin(block: Block, pages: Pages, at: int, nbytes: int, used: list[Registration]) -> None:
+def _pin(block: Block, pages: Pages, at: int, nbytes: int, used: list[Registration], promise: Promise) -> None:
     driver = block.driver
     assert driver is not None
-    used += pin_pages(pages, at, nbytes, driver)
+    used += pin_pages(pages, at, nbytes, driver, promise)
     if not driver.capabilities().map_host_memory:
         return
     pointer = driver.host_device_pointer(pages.pointer + at)

@@ -19,7 +19,7 @@ from .driver import Driver
 from .errors import RegistrationError
 from .memfile import is_in_memory
 from .pages import host_threads
-from .registrations import registrations
+from .registrations import Promise, registrations
 
 __all__ = ["check_mappable", "map_file_range"]
 
@@ -76,7 +76,24 @@ def map_file_range(
     length = byte_offset + nbytes - start
     # Memory that is a file, too, is no page cache: it was used before it was pinned.
     there = is_in_memory(descriptor)
-    check_pinning(length, driver, host_budget, there_nbytes=length if there else 0)
+    promise = Promise()
+    check_pinning(length, driver, host_budget, there_nbytes=length if there else 0, promise=promise)
+    try:
+        block = _mapped_block(path, descriptor, start, length, driver, there, done)
+    finally:
+        promise.keep()
+    return block, byte_offset - start
+
+
+def _mapped_block(
+    path: Path,
+    descriptor: int,
+    start: int,
+    length: int,
+    driver: Driver,
+    there: bool,
+    done: Callable[[int], None] | None,
+) -> Block:
     try:
         mapping = mmap.mmap(descriptor, length, mmap.MAP_SHARED, mmap.PROT_READ, offset=start)
     except (OSError, ValueError) as error:
@@ -102,7 +119,7 @@ def map_file_range(
             registrations.release(used)
         mapping.close()  # only now: what is registered must not be unmapped
 
-    return pinned_block(pointer, length, driver, used, release, kind="mapped file", read_only=True), byte_offset - start
+    return pinned_block(pointer, length, driver, used, release, kind="mapped file", read_only=True)
 
 
 def _populate(

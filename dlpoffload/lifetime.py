@@ -17,7 +17,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import Context, ContextVar, copy_context
 from dataclasses import dataclass
 
 from . import _native
@@ -62,6 +62,7 @@ class Resource:
 
 
 _owner: ContextVar[str] = ContextVar("dlpoffload_owner", default="")
+_asked: ContextVar[str | None] = ContextVar("dlpoffload_asked", default=None)
 _tracing = os.environ.get("DLPOFFLOAD_TRACE", "") not in ("", "0")
 
 
@@ -84,10 +85,19 @@ def trace_allocations(on: bool) -> None:
     _tracing = on
 
 
+def context_of_thread() -> Context:
+    """What a thread is to run in so that memory is accounted to whoever starts it, and to the line that did."""
+    context = copy_context()
+    context.run(_asked.set, _origin())
+    return context
+
+
 def _origin() -> str:
     """The nearest caller outside of this package."""
     if not _tracing:
         return ""
+    if (asked := _asked.get()) is not None:
+        return asked
     frame = sys._getframe(1)
     while frame.f_back is not None and str(frame.f_globals.get("__name__", "")).partition(".")[0] == _PACKAGE:
         frame = frame.f_back

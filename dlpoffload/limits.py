@@ -207,6 +207,7 @@ def check_host_budget(
     *,
     pinned_nbytes: int = 0,
     pinned_file_nbytes: int = 0,
+    promised_nbytes: int = 0,
     host_budget: int | None = None,
 ) -> None:
     """Refuse, before anything is mapped, what the kernel would answer with the OOM killer.
@@ -224,6 +225,8 @@ def check_host_budget(
         Bytes that this process has pinned already; they count against `host_budget`.
     pinned_file_nbytes : int
         Of them, pages of files, which the kernel and the cgroup still count as free.
+    promised_nbytes : int
+        Bytes that other threads of this process, or buffers that are pinned in the background, are about to take.
     host_budget : int, optional
         What this process may pin in all, in the place of everything that the system says.
 
@@ -233,10 +236,11 @@ def check_host_budget(
         `nbytes` do not fit; it names the limit that binds, and the remedy.
     """
     if host_budget is not None:
-        if pinned_nbytes + nbytes > host_budget:
+        if pinned_nbytes + promised_nbytes + nbytes > host_budget:
+            promised = f" and {format_nbytes(promised_nbytes)} being pinned" if promised_nbytes else ""
             raise HostMemoryError(
-                f"asked for {format_nbytes(nbytes)} of host memory with {format_nbytes(pinned_nbytes)} pinned already, "
-                f"and host_budget is {format_nbytes(host_budget)}; raise it, or ask for less",
+                f"asked for {format_nbytes(nbytes)} of host memory with {format_nbytes(pinned_nbytes)} pinned already"
+                f"{promised}, and host_budget is {format_nbytes(host_budget)}; raise it, or ask for less",
                 nbytes=nbytes,
                 limit="host_budget",
                 limit_nbytes=host_budget,
@@ -246,7 +250,7 @@ def check_host_budget(
         limits = host_limits()
     page_tables = -(-nbytes // limits.page_nbytes) * PAGE_TABLE_ENTRY_NBYTES
     room = limits.room(pinned_file_nbytes)
-    if room is None or nbytes + page_tables <= room.nbytes:
+    if room is None or promised_nbytes + nbytes + page_tables <= room.nbytes:
         return
     cgroup = room.cgroup
     if cgroup is not None:
@@ -267,6 +271,8 @@ def check_host_budget(
     found += f", of which {format_nbytes(room.reserve_nbytes)} are left to the system"
     if pinned_file_nbytes:
         found += f" and {format_nbytes(pinned_file_nbytes)} are pages of files that this process has pinned"
+    if promised_nbytes:
+        found += f", and {format_nbytes(promised_nbytes)} are promised to what is being pinned now"
     if limits.is_wsl:
         remedy += '; under WSL the machine is as large as "memory=" in .wslconfig says'
     raise HostMemoryError(

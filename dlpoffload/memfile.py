@@ -17,9 +17,8 @@ import time
 from typing import Final
 
 from . import _native, lifetime
-from .blocks import Block
+from .blocks import Block, check_taking
 from .errors import CheckpointError, HostMemoryError, OffloadError
-from .limits import check_host_budget
 from .pages import host_threads, refused
 from .seals import is_sealed, seals_of
 from .spec import format_nbytes
@@ -44,7 +43,7 @@ def create_file(name: str, nbytes: int) -> int:
     """
     if not hasattr(os, "memfd_create") or not hasattr(fcntl, "F_ADD_SEALS"):
         raise OffloadError("sharing memory between processes needs memfd_create, which only Linux has")
-    check_host_budget(nbytes)
+    check_taking(nbytes)
     try:
         descriptor = _create(name)
     except OSError as error:

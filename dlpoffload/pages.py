@@ -15,7 +15,7 @@ from .errors import HostMemoryError, SpecError
 from .limits import host_limits
 from .spec import aligned, format_nbytes, parse_nbytes
 
-__all__ = ["HugePages", "Pages", "PinOptions", "host_threads", "map_pages", "populate", "refused"]
+__all__ = ["HugePages", "Pages", "PinOptions", "host_threads", "map_pages", "pool_nbytes", "populate", "refused"]
 
 HugePages = Literal["transparent", "hugetlb", "never"]
 
@@ -77,7 +77,8 @@ def map_pages(nbytes: int, driver: Driver, options: PinOptions, check: Callable[
     Parameters
     ----------
     check
-        Called before ordinary memory is mapped; the hugetlb pool is set apart from it already.
+        Called before ordinary memory is mapped; the hugetlb pool is set apart from it already, and bounded by a
+        `host_budget` only.
 
     Raises
     ------
@@ -85,9 +86,14 @@ def map_pages(nbytes: int, driver: Driver, options: PinOptions, check: Callable[
         The system maps no such memory; nothing stays mapped.
     """
     notes: list[str] = []
-    pages = _hugetlb(nbytes, notes) if options.huge_pages == "hugetlb" else None
-    if pages is None:
+    hugetlb = options.huge_pages == "hugetlb"
+    checked = not hugetlb or options.host_budget is not None
+    if checked:
         check()
+    pages = _hugetlb(nbytes, notes) if hugetlb else None
+    if pages is None:
+        if not checked:
+            check()
         pages = _ordinary(nbytes, options, notes)
     try:
         if driver.platform == "cuda":
@@ -185,6 +191,16 @@ def _pool_sizes() -> list[int]:
         if int((pool / "nr_hugepages").read_text()) or int((pool / "nr_overcommit_hugepages").read_text()):
             found.append(int(pool.name.removeprefix("hugepages-").removesuffix("kB")) << 10)
     return sorted(found, reverse=True)
+
+
+def pool_nbytes() -> int:
+    """Bytes of reserved huge pages that are free: the system counts them as used."""
+    pools = _POOLS.glob("hugepages-*kB") if _POOLS.exists() else ()
+    return sum(
+        int((pool / "free_hugepages").read_text())
+        * (int(pool.name.removeprefix("hugepages-").removesuffix("kB")) << 10)
+        for pool in pools
+    )
 
 
 def _nodes() -> list[int]:

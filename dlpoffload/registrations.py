@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import bisect
 import mmap
 import os
+import threading
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Final
 
 from .driver import Driver
@@ -14,10 +18,13 @@ from .spec import aligned, format_nbytes
 
 __all__ = [
     "MAX_REGISTRATION",
+    "Promise",
     "Registration",
     "borders",
     "pinned_file_nbytes",
     "pinned_nbytes",
+    "promised",
+    "promising",
     "registrations",
     "uncrossed",
 ]
@@ -49,9 +56,38 @@ class Registration:
 
 @dataclass(slots=True)
 class _Registrations:
-    """The table. Used under `lifetime.lock`."""
+    """The table. Used under `lifetime.lock`.
 
-    ranges: list[Registration] = field(default_factory=list)
+    Of one platform no two ranges overlap, so they are found by bisection: there may be one for each of many tensors.
+    """
+
+    nbytes: int = 0
+    file_nbytes: int = 0
+    _of: dict[str, list[Registration]] = field(default_factory=dict)
+
+    @property
+    def ranges(self) -> list[Registration]:
+        """Every registration."""
+        return [registration for ranges in list(self._of.values()) for registration in ranges]
+
+    def clear(self) -> None:
+        """Forget all of them."""
+        self.nbytes = self.file_nbytes = 0
+        self._of.clear()
+
+    def _add(self, new: Registration) -> None:
+        bisect.insort(self._of.setdefault(new.driver.platform, []), new, key=_start)
+        self._count(new, 1)
+
+    def _remove(self, old: Registration) -> None:
+        ranges = self._of[old.driver.platform]
+        del ranges[bisect.bisect_left(ranges, old.start, key=_start)]
+        self._count(old, -1)
+
+    def _count(self, registration: Registration, sign: int) -> None:
+        nbytes = sign * (registration.end - registration.start)
+        self.nbytes += nbytes
+        self.file_nbytes += nbytes if registration.in_page_cache else 0
 
     def acquire(
         self, start: int, end: int, driver: Driver, *, read_only: bool, in_page_cache: bool = False
@@ -75,10 +111,10 @@ class _Registrations:
                 except CudaError as error:
                     if not error.undone:
                         new.count, new.stuck = 0, str(error)
-                        self.ranges.append(new)
+                        self._add(new)
                     raise
                 made.append(new)
-                self.ranges.append(new)
+                self._add(new)
         except BaseException as error:
             try:
                 self.release(held + made)
@@ -99,7 +135,7 @@ class _Registrations:
                     registration.stuck = str(error)
                     refused = refused or error
                 else:
-                    self.ranges.remove(registration)
+                    self._remove(registration)
         if refused is not None:
             raise refused
 
@@ -113,8 +149,12 @@ class _Registrations:
     def touching(self, start: int, end: int, driver: Driver) -> list[Registration]:
         """Those of this driver that share a page with [start, end), in order."""
         start, end = _whole_pages(start, end)
-        same = (r for r in self.ranges if r.driver.platform == driver.platform)
-        return sorted((r for r in same if r.start < end and start < r.end), key=lambda r: r.start)
+        ranges = self._of.get(driver.platform, [])
+        return ranges[bisect.bisect_right(ranges, start, key=_end) : bisect.bisect_left(ranges, end, key=_start)]
+
+
+_start: Final = attrgetter("start")
+_end: Final = attrgetter("end")
 
 
 def _whole_pages(start: int, end: int) -> tuple[int, int]:
@@ -135,7 +175,51 @@ def _gaps(start: int, end: int, held: list[Registration]) -> Iterator[tuple[int,
 registrations: Final = _Registrations()
 
 # What the parent registered is not registered in a child.
-os.register_at_fork(after_in_child=registrations.ranges.clear)
+os.register_at_fork(after_in_child=registrations.clear)
+
+
+class Promise:
+    """Bytes that were found to be there and are not pinned yet: every other check counts them as gone.
+
+    Attributes
+    ----------
+    nbytes : int
+        Bytes about to be pinned.
+    new_nbytes : int
+        Of them, what the system still has to give.
+    """
+
+    def __init__(self) -> None:
+        self.nbytes = self.new_nbytes = 0
+
+    def make(self, nbytes: int, new_nbytes: int) -> None:
+        """Promise these bytes. Used under `promising`, together with the check."""
+        self.nbytes, self.new_nbytes = nbytes, new_nbytes
+        _promises.add(self)
+
+    def keep(self, nbytes: int | None = None) -> None:
+        """So many of the bytes are pinned; or all of them are, or will not be."""
+        left = 0 if nbytes is None else max(self.nbytes - nbytes, 0)
+        self.nbytes, self.new_nbytes = left, min(self.new_nbytes, left)
+
+
+_promises: Final[weakref.WeakSet[Promise]] = weakref.WeakSet()
+promising: Final = threading.RLock()
+
+
+def _after_fork_in_child() -> None:
+    _promises.clear()  # the threads that would keep them are not here
+    promising.release()
+
+
+os.register_at_fork(before=promising.acquire, after_in_parent=promising.release, after_in_child=_after_fork_in_child)
+
+
+def promised() -> tuple[int, int]:
+    """Bytes of all promises that are not kept yet, and what the system still has to give of them."""
+    with promising:
+        there = list(_promises)
+    return sum(promise.nbytes for promise in there), sum(promise.new_nbytes for promise in there)
 
 
 def uncrossed(pointer: int, nbytes: int, driver: Driver) -> Iterator[tuple[int, int]]:
@@ -154,9 +238,9 @@ def borders(used: list[Registration], pointer: int) -> tuple[int, ...]:
 
 def pinned_nbytes() -> int:
     """Bytes of host memory that this process has pinned through `dlpoffload`, in whole pages, mapped files included."""
-    return sum(r.end - r.start for r in registrations.ranges.copy())
+    return registrations.nbytes
 
 
 def pinned_file_nbytes() -> int:
     """Of them, pages of files: the kernel counts those as free, and cannot have them back."""
-    return sum(r.end - r.start for r in registrations.ranges.copy() if r.in_page_cache)
+    return registrations.file_nbytes

@@ -181,6 +181,8 @@ def _chosen(path: Path) -> Path:
             raise CheckpointError(f'"{path}" holds several checkpoints ({several}); pass the path of one')
         if found:
             return found[0]
+    if not os.access(path, os.R_OK | os.X_OK):
+        raise CheckpointError(f'"{path}" cannot be looked into: no permission; allow it, or pass the path of a file')
     raise CheckpointError(
         f'"{path}" holds neither "model.safetensors" nor "model.safetensors.index.json"; pass the folder of '
         "a checkpoint in safetensors (files of torch.save are not read: save them with safetensors first)"
@@ -224,8 +226,9 @@ def index_text(path: Path) -> bytes:
 
 def _read_index(path: Path) -> dict[str, list[str]]:
     """The tensors of each shard that an index names."""
+    text = index_text(path)
     try:
-        index = json.loads(index_text(path), object_pairs_hook=without_duplicates)
+        index = json.loads(text, object_pairs_hook=without_duplicates)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f'"{path}" is no index of a checkpoint: {error}; fetch it again') from error
     weight_map = index.get("weight_map") if isinstance(index, dict) else None

@@ -17,7 +17,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, Final
 
-from ..errors import CheckpointError, HostMemoryError, MissingFrameworkError, SpecError
+from ..errors import CheckpointError, HostMemoryError, MissingFrameworkError, RegistrationError, SpecError
 from ..seals import is_sealed
 from ..spec import TensorSpec, format_nbytes
 
@@ -88,8 +88,21 @@ class Shard:
         return b"".join(parts)
 
     def watch(self) -> Watch:
-        """Keep the file open beyond its checkpoint, and look at it now and then."""
-        return Watch(self.path, os.dup(self.file.fileno()), self.nbytes, self.changed_ns)
+        """Keep the file open beyond its checkpoint, and look at it now and then.
+
+        Raises
+        ------
+        RegistrationError
+            Too many files are open.
+        """
+        try:
+            descriptor = os.dup(self.file.fileno())
+        except OSError as error:
+            raise RegistrationError(
+                f'"{self.path}" cannot be mapped: {error.strerror}; each file of a mapped checkpoint is kept open, and '
+                "so is each chunk: allow more (ulimit -n), or read it with HostStore.copy_of"
+            ) from error
+        return Watch(self.path, descriptor, self.nbytes, self.changed_ns)
 
 
 class Watch:
@@ -117,9 +130,11 @@ def _check_unchanged(path: Path, descriptor: int, nbytes: int, changed_ns: int) 
     status = os.fstat(descriptor)
     # A write to a sealed file is refused, and sets its time of change all the same.
     if status.st_size != nbytes or (status.st_mtime_ns != changed_ns and not is_sealed(descriptor)):
+        now = "as many" if status.st_size == nbytes else str(status.st_size)
+        also = ", and another time of change" if status.st_size == nbytes else ""
         raise CheckpointError(
             f'"{path}" changed while it was read: it had {format_nbytes(nbytes)} when it was '
-            f"opened and has {status.st_size} now; read it again when nobody writes to it"
+            f"opened and has {now} now{also}; read it again when nobody writes to it"
         )
 
 
@@ -174,7 +189,11 @@ def _validated(path: Path) -> dict[str, tuple[str, list[int]]]:
             "fetch it again (files of torch.save are not read: save them with safetensors first)"
         ) from error
     except OSError as error:
-        raise CheckpointError(f'"{path}" cannot be mapped: {error}') from error
+        # The library calls whatever it cannot open missing, and a moment ago we could.
+        raise CheckpointError(
+            f'"{path}" cannot be mapped: {error}; see that it is still there, and that not too many files are open '
+            "(ulimit -n)"
+        ) from error
     except MemoryError as error:
         nbytes = os.stat(path).st_size
         raise HostMemoryError(

@@ -30,18 +30,16 @@ class Ranges:
     def __init__(self) -> None:
         self._starts: list[int] = []
         self._ranges: list[Range] = []
+        self.nbytes = 0
 
     def __len__(self) -> int:
         return len(self._ranges)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(r.end - r.start for r in self._ranges)
 
     def add(self, new: Range) -> None:
         at = bisect.bisect(self._starts, new.start)
         self._starts.insert(at, new.start)
         self._ranges.insert(at, new)
+        self.nbytes += new.end - new.start
 
     def find(self, address: int) -> Range | None:
         """The range that holds `address`."""
@@ -63,6 +61,7 @@ class Ranges:
         if not self.holds(pointer):
             return False
         at = bisect.bisect(self._starts, pointer) - 1
+        self.nbytes -= self._ranges[at].end - self._ranges[at].start
         del self._starts[at], self._ranges[at]
         return True
 

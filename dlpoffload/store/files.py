@@ -67,8 +67,9 @@ class Told:
     def __call__(self, nbytes: int) -> None:
         with self._lock:
             self._done += nbytes
-            if self._progress is not None:
-                self._progress(self._done, self.total)
+            done = self._done
+        if self._progress is not None:  # not under the lock: it may use the store, and so map what is not there yet
+            self._progress(done, self.total)
 
 
 @dataclass(slots=True)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from typing import Final, NoReturn
 
-from ..errors import ClosedError
+from ..errors import ClosedError, SpecError
 from ..memory import HostBuffer
 from ..slab import Place, Places, Slab
 from ..spec import TensorSpec
@@ -56,6 +56,7 @@ class Home:
         self.buffer: HostBuffer | None = None
         self._make = make
         self._shift = 0
+        self._making = False
         self._lock = threading.RLock()
 
     @classmethod
@@ -69,7 +70,16 @@ class Home:
         """The buffer, made now if need be, and where in it the home starts."""
         with self._lock:
             if self.buffer is None:
-                self.buffer, self._shift = self._make()
+                if self._making:  # by this very thread, which the lock lets in
+                    raise SpecError(
+                        "these tensors are used by the progress callback of their own memory, which is not there yet; "
+                        "use them after it, or other ones"
+                    )
+                self._making = True
+                try:
+                    self.buffer, self._shift = self._make()
+                finally:
+                    self._making = False
             return self.buffer, self._shift
 
     def place(self, byte_offset: int) -> Place:

@@ -292,7 +292,8 @@ class HostStore(FilledTensors):
         Parameters
         ----------
         mode
-            ``"map"``, ``"copy"``, or ``"auto"``: map, and copy what cannot be mapped.
+            ``"map"``, ``"copy"``, or ``"auto"``: map, and copy what cannot be mapped. With `background` ``"auto"``
+            returns when the first chunk is pinned, since nothing else tells whether the file can be mapped.
         units, device, specs, device_views, host_budget, background, progress
             See `map_file`. A copy has the file's dtypes, too: `specs` only bears on mapping.
         pageable
@@ -322,6 +323,10 @@ class HostStore(FilledTensors):
                     background=background,
                     progress=progress,
                 )
+                if background and mode == "auto":
+                    with rolled_back() as undo:
+                        undo.append(store._discard)
+                        store._homes[0].open()  # what can be pinned is known when it was tried, and only then
             except (RegistrationError, AliasError, HostMemoryError) as error:
                 if mode == "map" or (isinstance(error, HostMemoryError) and pageable == "never"):
                     raise

@@ -7,14 +7,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
-from ..blocks import check_pinning
+from ..blocks import check_pinning, check_taking
 from ..checkpoint import Assembly, Checkpoint
 from ..driver import open_driver
 from ..errors import HostMemoryError, SpecError
 from ..lifetime import owned_by
-from ..limits import check_host_budget
 from ..memory import HostBuffer
-from ..pages import HugePages, PinOptions
+from ..pages import HugePages, PinOptions, pool_nbytes
 from ..spec import TensorSpec, lay_out
 from .homes import Contents, Home, Region
 from .layout import grouped
@@ -74,9 +73,10 @@ class Memory:
     def check(self, nbytes: int) -> None:
         """Refuse more than the machine, or the budget, has; before anything is allocated."""
         if self.pageable == "never":
-            check_pinning(nbytes, open_driver(self.device), self.host_budget)
+            there_nbytes = min(nbytes, pool_nbytes()) if self.huge_pages == "hugetlb" else 0
+            check_pinning(nbytes, open_driver(self.device), self.host_budget, there_nbytes=there_nbytes)
         else:
-            check_host_budget(nbytes)
+            check_taking(nbytes)
 
     def allocate(self, nbytes: int) -> HostBuffer:
         """Allocate one buffer: pinned, or pageable where that was allowed and pinning is refused."""

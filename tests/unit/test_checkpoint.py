@@ -409,6 +409,14 @@ def test_file_that_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(os, "open", denied)  # root may read everything
     assert "Permission denied" in refused(path)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text("{}")
+    path = index
+    assert "cannot be opened" in refused(index)
+    assert "is no index" not in refused(index)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    (tmp_path / "empty").mkdir()
+    assert "no permission" in refused(tmp_path / "empty")
 
 
 @pytest.mark.parametrize("kind", ["missing", "missing index", "loop", "pipe", "device", "nul"])

@@ -49,7 +49,7 @@ ALLOWED: dict[str, set[str]] = {
     "registrations": DRIVERS,
     "blocks": (PINNING - {"blocks"}) | {"_native"},
     "accounting": {"lifetime", "registrations"},
-    "background": VALUES,
+    "background": VALUES | {"lifetime"},
     "chunked": PINNING | {"_native", "background"},
     "filemap": PINNING | {"_native", "memfile"},
     "labels": VALUES,

@@ -524,6 +524,24 @@ def test_partial_overlaps_in_every_order(spy: Spy, made: tuple[int, ...], closed
     memory.close()
 
 
+def test_many_registrations_are_looked_up_not_looked_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked = 0
+
+    def start(registration: Any) -> int:
+        nonlocal looked
+        looked += 1
+        return int(registration.start)
+
+    monkeypatch.setattr(registrations, "_start", start)
+    before = pinned_nbytes()
+    buffers = [dlpo.HostBuffer.allocate(PAGE, device="cpu") for _ in range(1000)]
+    assert pinned_nbytes() - before == 1000 * PAGE
+    for buffer in buffers:
+        buffer.close()
+    assert pinned_nbytes() == before
+    assert looked < 1000 * 60
+
+
 def test_views_of_our_own_buffers_register_without_the_driver(spy: Spy) -> None:
     outer = dlpo.HostBuffer.allocate(2 * PAGE)
     inner = dlpo.HostBuffer.register(outer.host_view((100,), "uint8", byte_offset=PAGE - 50))

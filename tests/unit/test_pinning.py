@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import inspect
 import mmap
 import os
 import subprocess
@@ -11,6 +12,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,14 +21,16 @@ from typing import Any
 import pytest
 
 import dlpoffload as dlpo
-from dlpoffload import HostBuffer, HostStore, TensorSpec, _native, blocks, lifetime, pages, registrations, wall
+from dlpoffload import HostBuffer, HostStore, TensorSpec, _native, blocks, lifetime, limits, pages, registrations, wall
 from dlpoffload.driver import installed
 from dlpoffload.driver.cpu import CpuDriver
 from dlpoffload.driver.topology import numa_node_of
 from dlpoffload.errors import AliasError, ClosedError, HostMemoryError, RegistrationError, SpecError
 from dlpoffload.limits import check_host_budget, host_limits
+from dlpoffload.store import files, pinned
 
 np = pytest.importorskip("numpy")
+save_file = pytest.importorskip("safetensors.numpy").save_file
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -72,7 +77,7 @@ def test_an_empty_hugetlb_pool_gives_transparent_pages(monkeypatch: pytest.Monke
 
 
 def test_the_hugetlb_pool_is_no_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
         raise HostMemoryError("too much", nbytes=1)
 
     monkeypatch.setattr(blocks, "check_pinning", refuse)
@@ -347,6 +352,30 @@ def test_a_checkpoint_in_the_background(slow: Slow, tmp_path: Path, rng: Any, wa
     store.close()
 
 
+@pytest.mark.parametrize("way", ["map_file", "copy_of"])
+def test_progress_may_use_the_store(tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_CHUNK_NBYTES", PAGE)
+    save_file({name: np.full(PAGE, ord(name), np.uint8) for name in "abc"}, tmp_path / "w.safetensors")
+    units, ready = {name: [name] for name in "abc"}, threading.Event()
+    stores: list[HostStore] = []
+    seen: list[int] = []
+
+    def look(*_: int) -> None:
+        ready.wait(20)
+        with suppress(SpecError):  # of its own memory, when that is being mapped
+            seen.append(int(np.from_dlpack(stores[0].host_view("c"))[0]))
+
+    store = getattr(HostStore, way)(
+        tmp_path / "w.safetensors", units=units, device="cpu", background=True, progress=look
+    )
+    stores.append(store)
+    ready.set()
+    assert store.pinning.wait(timeout_s=20)
+    assert set(seen) == {ord("c")}
+    stores.clear()
+    store.close()
+
+
 def test_a_cancelled_copy_reads_the_rest_when_it_is_used(slow: Slow, tmp_path: Path, rng: Any) -> None:
     tensors = checkpoint(tmp_path / "x.safetensors", rng)
     units = {str(n): (f"{n}.w",) for n in range(4)}
@@ -416,6 +445,80 @@ def test_host_budget_overrides_what_the_system_says(monkeypatch: pytest.MonkeyPa
         HostBuffer.allocate(PAGE, device="cpu")
     assert caught.value.limit == "free memory (MemAvailable)"
     HostBuffer.allocate(PAGE, device="cpu", host_budget="1GiB").close()
+
+
+def test_what_is_being_pinned_in_the_background_is_not_promised_twice() -> None:
+    before, go = dlpo.pinned_nbytes(), threading.Event()
+    chunked: dict[str, Any] = {"device": "cpu", "background": True, "chunk_nbytes": 2 * MIB}
+    first = HostBuffer.allocate(6 * MIB, **chunked, progress=lambda *_: go.wait(20))
+    assert first.pinning is not None
+    assert first.pinning.wait(2 * MIB, timeout_s=20)
+    budget = before + 10 * MIB
+    for options in (chunked, {"device": "cpu"}):
+        with pytest.raises(HostMemoryError, match=r"4194304 bytes \(4\.00 MiB\) being pinned, and host_budget is"):
+            HostBuffer.allocate(6 * MIB, **options, host_budget=budget)
+    HostBuffer.allocate(4 * MIB, device="cpu", host_budget=budget).close()
+    first.pinning.cancel()
+    go.set()
+    first.pinning.join()
+    HostBuffer.allocate(8 * MIB, device="cpu", host_budget=budget).close()  # what was cancelled is free again
+    first.close()
+    with HostBuffer.allocate(10 * MIB, **chunked, host_budget=budget) as buffer:
+        assert buffer.pinning is not None
+        assert buffer.pinning.wait(timeout_s=20)
+        assert registrations.promised() == (0, 0)
+
+
+def test_threads_are_not_promised_the_same_bytes() -> None:
+    budget, start = dlpo.pinned_nbytes() + 40 * MIB, threading.Barrier(4)
+
+    def allocate(_: int) -> HostBuffer | HostMemoryError:
+        start.wait()
+        try:
+            return HostBuffer.allocate(16 * MIB, device="cpu", host_budget=budget)
+        except HostMemoryError as error:
+            return error
+
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(allocate, range(4)))
+    assert dlpo.pinned_nbytes() <= budget
+    assert sum(isinstance(one, HostBuffer) for one in made) == 2
+    # Errors are still held here, and hold no promise.
+    HostBuffer.allocate(8 * MIB, device="cpu", host_budget=budget).close()
+    for one in made:
+        if isinstance(one, HostBuffer):
+            one.close()
+
+
+def test_host_budget_bounds_the_hugetlb_pool_and_free_memory_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = fallback(monkeypatch, [2 * MIB], {2 * MIB})
+    with pytest.raises(HostMemoryError, match="host_budget is 1048576 bytes"):
+        HostBuffer.allocate(2 * MIB, device="cpu", huge_pages="hugetlb", host_budget=MIB)
+    assert not asked, "the pool was asked before the budget"
+    poor = replace(host_limits(), mem_total_nbytes=64 * MIB, mem_available_nbytes=3 * MIB, cgroups=())
+    monkeypatch.setattr(blocks, "host_limits", lambda: poor)
+    tensors = {"w": bytearray(8 * MIB)}
+    for free, fits in ((8 * MIB, True), (2 * MIB, False)):
+        monkeypatch.setattr(pinned, "pool_nbytes", lambda free=free: free)
+        with nullcontext() if fits else pytest.raises(HostMemoryError):
+            HostStore.copy_of(tensors, device="cpu", huge_pages="hugetlb").close()
+
+
+def test_pageable_memory_does_not_count_pinned_pages_of_files_as_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(4 * MIB))
+    with path.open("rb") as opened:
+        mapping = mmap.mmap(opened.fileno(), 0, mmap.MAP_SHARED, mmap.PROT_READ)
+    poor = replace(host_limits(), mem_total_nbytes=64 * MIB, mem_available_nbytes=8 * MIB, cgroups=())
+    monkeypatch.setattr(limits, "host_limits", lambda: poor)
+    HostBuffer.allocate(5 * MIB, device="cpu", pinned=False).close()
+    with (
+        HostBuffer.register(mapping, device="cpu"),
+        pytest.raises(HostMemoryError, match="pages of files that this process has pinned"),
+    ):
+        HostBuffer.allocate(5 * MIB, device="cpu", pinned=False)
 
 
 def test_pinned_pages_of_files_are_not_free_though_the_kernel_says_so() -> None:
@@ -535,6 +638,20 @@ def test_live_memory_says_for_whom_and_from_where(tmp_path: Path, rng: Any) -> N
         dlpo.trace_allocations(False)
     with HostBuffer.allocate(PAGE, device="cpu"):
         assert dlpo.live_memory()[-1].origin == ""
+
+
+@pytest.mark.parametrize("way", ["map_file", "copy_of"])
+def test_memory_pinned_in_the_background_is_from_the_line_that_asked(tmp_path: Path, way: str) -> None:
+    save_file({"w": np.zeros(PAGE, np.uint8)}, tmp_path / "w.safetensors")
+    lifetime.trace_allocations(True)
+    try:
+        store = getattr(HostStore, way)(tmp_path / "w.safetensors", device="cpu", background=True)
+        line = inspect.currentframe().f_lineno - 1  # type: ignore[union-attr]  # CPython has frames
+        assert store.pinning.wait(timeout_s=20)
+        assert f"{__file__}:{line}" in [memory.origin for memory in dlpo.live_memory()]
+        store.close()
+    finally:
+        lifetime.trace_allocations(False)
 
 
 def test_doctor_shows_who_holds_what() -> None:

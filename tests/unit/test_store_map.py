@@ -8,11 +8,13 @@ import gc
 import json
 import mmap
 import os
+import resource
 import struct
 import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -369,7 +371,7 @@ class Refusing(CpuDriver):
 
 
 def test_a_file_system_that_refuses(file: tuple[Path, dict[str, Any]]) -> None:
-    path, _ = file
+    path, tensors = file
     before = live_buffers()
     with installed(Refusing()):
         with pytest.raises(RegistrationError, match=r"model\.safetensors.*HostStore\.copy_of"):
@@ -377,9 +379,11 @@ def test_a_file_system_that_refuses(file: tuple[Path, dict[str, Any]]) -> None:
         lifetime.drain()
         assert live_buffers() == before
         assert "model.safetensors" not in Path("/proc/self/maps").read_text()
-        with HostStore.open(path, device="cpu") as store:
-            assert store.mode == "copy"
-            assert "cannot be pinned" in store.because
+        for background in (False, True):
+            with HostStore.open(path, device="cpu", background=background) as store:
+                assert store.mode == "copy"
+                assert "cannot be pinned" in store.because
+                assert stored(store) == raw(tensors)
 
 
 def test_what_stays_registered_is_not_unmapped(
@@ -456,6 +460,32 @@ def test_more_than_the_budget_is_refused_before_anything_is_mapped(file: tuple[P
     assert caught.value.limit == "host_budget"
     assert "model.safetensors" not in Path("/proc/self/maps").read_text()
     HostStore.map_file(path, device="cpu", host_budget=pinned_nbytes() + 64 * PAGE).close()
+
+
+def test_too_many_open_files(tmp_path: Path) -> None:
+    shards = {f"w{at}": f"{at}.safetensors" for at in range(20)}
+    for name, shard in shards.items():
+        safetensors_numpy.save_file({name: np.zeros(PAGE, np.uint8)}, tmp_path / shard)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": shards}))
+    HostStore.map_file(index, device="cpu").close()  # whatever is opened once and for all
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    before = os.listdir("/proc/self/fd")
+    taken = set(map(int, before))
+    free = [at for at in range(1000) if at not in taken]
+    try:
+        for more in (8, 15, 22, 28, 35, 70):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (free[more], hard))
+            refused = pytest.raises((CheckpointError, RegistrationError), match=r"open files|ulimit -n")
+            with nullcontext() if more > 40 else refused, HostStore.open(index, mode="map", device="cpu"):
+                pass
+            del refused  # whose traceback holds what was open
+            lifetime.drain()
+            gc.collect()
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            assert len(os.listdir("/proc/self/fd")) == len(before)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_no_permission(file: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
