@@ -164,6 +164,34 @@ def test_compiled_before_it_was_offloaded(device: str, policy: str) -> None:
         assert same(fast(vector(2, device)), wanted[2])
 
 
+class Affine(nn.Module):
+    """Weights that are buffers, as quantised layers have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.randn(48, 48) / 8)
+        self.register_buffer("shift", torch.randn(48), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x @ self.weight + self.shift)
+
+
+@policies
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_weights_that_are_buffers(device: str, policy: str, backend: str) -> None:
+    """Torch looks at the class of what a graph is given, in its first call."""
+    torch.manual_seed(0)
+    module = nn.ModuleDict({"layers": nn.Sequential(*(Affine() for _ in range(4)))})
+    reference = copy.deepcopy(module).to(device)
+    handle = offload(module, device, policy)
+    fast, counter = compiled(module["layers"], backend)
+    resident, _ = compiled(reference["layers"], backend)
+    for seed in range(4):
+        assert same(fast(vector(seed, device)), resident(vector(seed, device)))
+    assert counter.frame_count <= 2
+    assert_used(handle, policy)
+
+
 @policies
 @pytest.mark.parametrize("first", ["compile", "offload"])
 def test_layers_compiled_in_place(device: str, policy: str, first: str) -> None:
