@@ -131,6 +131,15 @@ def test_a_gradient_for_an_offloaded_parameter_is_refused(device: str, policy: s
     assert all(parameter.grad is None for parameter in module.parameters())
 
 
+def test_one_graph_of_staged_units_is_refused_and_said_why(device: str) -> None:
+    module, reference, _handle = tower(device, "staged")
+    fast, _ = compiled(module, fullgraph=True)
+    with torch.no_grad():
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="leave fullgraph out"):
+            fast(vector(0, device))
+        assert same(module(vector(0, device)), reference(vector(0, device)))
+
+
 @policies
 def test_writes_between_two_steps_are_seen(device: str, policy: str) -> None:
     module, reference, handle = tower(device, policy)
