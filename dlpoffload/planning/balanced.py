@@ -67,7 +67,7 @@ def balanced(request: PlanRequest) -> dict[str, Decision]:
     PlanError
         The ring does not fit; names the smallest budget with which it does.
     """
-    if request.cost.memory != "separate":
+    if request.cost.memory in ("coherent", "unified"):
         return in_place(request)
     groups, loose, decisions = _split(request)
     on_device = [name for name, placement in request.fixed.items() if placement is Placement.DEVICE]

@@ -71,15 +71,16 @@ class CostModel:
     small_nbytes : int
         Below this a copy wastes the link (18.6 GB/s at 256 KiB, 47.5 at 1 MiB), so a module below it is no
         unit of its own, and a tensor below it that is in no unit is the first to be resident.
-    memory : str
+    memory : str or None
         What host memory is to the device: "separate"; "coherent", read through the host's page tables (GH200, GB200);
-        "unified", the same memory (GB10). In the latter two, staging copies are a loss. Adapters ask the driver.
+        "unified", the same memory (GB10). In the latter two, staging copies are a loss. None asks the driver in
+        `torch.offload_`, and is "separate" elsewhere.
     """
 
     link_gb_per_s: float = 54.0
     mapped_gb_per_s: float = 50.0
     small_nbytes: int = 1 << 20
-    memory: Memory = "separate"
+    memory: Memory | None = None
 
     def __post_init__(self) -> None:
         if not (self.link_gb_per_s > 0 and self.mapped_gb_per_s > 0):
@@ -87,7 +88,7 @@ class CostModel:
                 f"link_gb_per_s={self.link_gb_per_s!r} and mapped_gb_per_s={self.mapped_gb_per_s!r} are "
                 "rates; both must be above zero"
             )
-        if self.memory not in ("separate", "coherent", "unified"):
+        if self.memory not in (None, "separate", "coherent", "unified"):
             raise PlanError(f'memory={self.memory!r}; use "separate", "coherent" or "unified"')
         if self.small_nbytes < 0:
             raise PlanError(f"small_nbytes={self.small_nbytes!r} is negative; it is a count of bytes")

@@ -6,20 +6,25 @@ The graph breaks at a unit's border. One compiled code serves all units of one m
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any, Final, TypeVar, cast
 
 import torch
 
 __all__ = ["border", "uncompiled"]
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
+_REASON: Final = (
+    "dlpoffload exchanges a unit's weights at its borders, where the graph breaks: leave fullgraph out, or map all "
+    "weights (policy=all_mapped), which compiles without breaks"
+)
+"""What torch says where it was told ``fullgraph=True``."""
 
 
 def uncompiled(function: _Function) -> _Function:
     """Let a function and all that it calls run as they are."""
-    return cast(_Function, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
+    return cast(_Function, torch.compiler.disable(function, reason=_REASON))  # type: ignore[no-untyped-call]
 
 
 def border(function: _Function) -> _Function:
     """Let a function run as it is; Dynamo goes on in what it calls, unless that is `uncompiled`."""
-    return cast(_Function, torch.compiler.disable(function, recursive=False))  # type: ignore[no-untyped-call]
+    return cast(_Function, torch.compiler.disable(function, recursive=False, reason=_REASON))  # type: ignore[no-untyped-call]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -61,8 +61,8 @@ class Offloading:
         mapped = pinned and self.driver.capabilities().map_host_memory
         chosen = self._with_loose(tree, slots) if self.stage_unmapped and not mapped else None
         cost = self.cost
-        if cost is None and mapped:
-            cost = CostModel(memory=self.driver.capabilities().memory)
+        if mapped and (cost is None or cost.memory is None):
+            cost = replace(cost or CostModel(), memory=self.driver.capabilities().memory)
 
         def planned(units: Any) -> Plan:
             return plan(

@@ -100,6 +100,18 @@ class _Watched:
         return result
 
 
+class _LikeTensor(type(torch.Tensor)):  # type: ignore[misc]
+    """Of a watched class of plain tensors, which equals `torch.Tensor` itself.
+
+    What torch compiles looks a buffer's class up in a tuple of those that it knows, and stops at any other.
+    """
+
+    def __eq__(cls, other: object) -> bool:
+        return cls is other or other is torch.Tensor
+
+    __hash__ = type.__hash__
+
+
 @cache
 def watched_class(kind: type) -> type:
     """The class that is watched in the place of `kind`."""
@@ -108,7 +120,8 @@ def watched_class(kind: type) -> type:
     plain = (torch._C.TensorBase, torch.Tensor, nn.Parameter)
     if not any(own is base.__dict__.get("__torch_function__") for base in plain):
         space["__torch_function__"] = own  # it has a say in what is done with it
-    return type(kind.__name__, (_Watched, kind), space)
+    made: type = (_LikeTensor if kind is torch.Tensor else type)(kind.__name__, (_Watched, kind), space)
+    return made
 
 
 def watch(tensor: torch.Tensor) -> None:

@@ -131,6 +131,15 @@ def test_a_gradient_for_an_offloaded_parameter_is_refused(device: str, policy: s
     assert all(parameter.grad is None for parameter in module.parameters())
 
 
+def test_one_graph_of_staged_units_is_refused_and_said_why(device: str) -> None:
+    module, reference, _handle = tower(device, "staged")
+    fast, _ = compiled(module, fullgraph=True)
+    with torch.no_grad():
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="leave fullgraph out"):
+            fast(vector(0, device))
+        assert same(module(vector(0, device)), reference(vector(0, device)))
+
+
 @policies
 def test_writes_between_two_steps_are_seen(device: str, policy: str) -> None:
     module, reference, handle = tower(device, policy)
@@ -162,6 +171,34 @@ def test_compiled_before_it_was_offloaded(device: str, policy: str) -> None:
         assert_used(handle, policy)
         handle.restore_()
         assert same(fast(vector(2, device)), wanted[2])
+
+
+class Affine(nn.Module):
+    """Weights that are buffers, as quantised layers have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.randn(48, 48) / 8)
+        self.register_buffer("shift", torch.randn(48), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x @ self.weight + self.shift)
+
+
+@policies
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_weights_that_are_buffers(device: str, policy: str, backend: str) -> None:
+    """Torch looks at the class of what a graph is given, in its first call."""
+    torch.manual_seed(0)
+    module = nn.ModuleDict({"layers": nn.Sequential(*(Affine() for _ in range(4)))})
+    reference = copy.deepcopy(module).to(device)
+    handle = offload(module, device, policy)
+    fast, counter = compiled(module["layers"], backend)
+    resident, _ = compiled(reference["layers"], backend)
+    for seed in range(4):
+        assert same(fast(vector(seed, device)), resident(vector(seed, device)))
+    assert counter.frame_count <= 2
+    assert_used(handle, policy)
 
 
 @policies

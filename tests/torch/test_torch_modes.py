@@ -15,7 +15,7 @@ import dlpoffload as dlpo  # noqa: E402
 from dlpoffload import memory as memory_module  # noqa: E402
 from dlpoffload.driver.cpu import CpuDriver  # noqa: E402
 from dlpoffload.errors import HostMemoryError, PlanError  # noqa: E402
-from dlpoffload.planning import Placement, all_mapped, all_staged  # noqa: E402
+from dlpoffload.planning import CostModel, Placement, all_mapped, all_staged  # noqa: E402
 from dlpoffload.torch import OffloadHandle, offload_  # noqa: E402
 
 SOME = [case for case in CASES if case.name in ("decoder_tied", "encoder_decoder", "mixture", "odd_tensors", "unet")]
@@ -176,3 +176,16 @@ def test_where_the_device_shares_the_hosts_memory(
     assert facts["placements"][Placement.DEVICE] <= budget
     with pytest.raises(PlanError, match="cannot hold"):  # staging is there for whoever asks for it
         offload_(case.model(), 0, device="cpu", policy=all_staged)
+
+
+def test_rates_of_the_link_leave_what_memory_is_to_the_driver(cpu_driver: Callable[..., CpuDriver]) -> None:
+    cpu_driver(host_page_tables=True)
+    tower = Tower(6)
+    nbytes = distinct_nbytes(tower)
+    handle = offload_(tower, nbytes, device="cpu", cost=CostModel(link_gb_per_s=400.0))
+    handle.resize_(nbytes // 2)
+    assert handle.plan.nbytes(Placement.HOST_STAGED) == 0
+    assert "coherent memory" in str(handle.plan)
+    handle.restore_()
+    handle = offload_(tower, nbytes // 2, device="cpu", cost=CostModel(memory="separate"), units=["layers.*"])
+    assert handle.plan.nbytes(Placement.HOST_STAGED) > 0
