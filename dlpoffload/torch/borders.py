@@ -91,11 +91,12 @@ class BorderForward(WrappedForward):
 
     @border
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.installed:
-            return self.inner(*args, **kwargs)
-        args, kwargs = moved((args, kwargs), self.device)
-        with _current(self.device):
-            return self.inner(*args, **kwargs)
+        with self.gate:
+            if not self.installed:
+                return self.passed_on(args, kwargs)
+            args, kwargs = moved((args, kwargs), self.device)
+            with _current(self.device):
+                return self.inner(*args, **kwargs)
 
 
 class SplitForward(BorderForward):
@@ -108,8 +109,11 @@ class SplitForward(BorderForward):
 
     @border
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.installed:
-            return self.inner(*args, **kwargs)
+        with self.gate:
+            return self._over_devices(*args, **kwargs) if self.installed else self.passed_on(args, kwargs)
+
+    @border
+    def _over_devices(self, *args: Any, **kwargs: Any) -> Any:
         self._check_uncaptured()
         back = _device_of((args, kwargs))
         args, kwargs = moved((args, kwargs), self.device)

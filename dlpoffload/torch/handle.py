@@ -12,10 +12,11 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from ..errors import ClosedError, CudaError, HostMemoryError, OffloadError, RegistrationError, SpecError
+from ..errors import ClosedError, OffloadError, SpecError
 from ..lifetime import drain
 from ..planning import Plan
 from .copying import DeepCopy, refuse_copy, refuse_pickle
+from .gate import Gate
 from .installed import Installed, handle_of
 from .moved import copy_out, host_facts
 from .offloading import Offloading
@@ -24,7 +25,8 @@ from .placed import Placed
 from .report import Report, link_of, snapshot
 from .subclasses import find, inner_tensors, wraps_others
 from .tensors import check_update, current_stream, overwrite
-from .tree import Entry, Member
+from .tree import Entry, Member, parts_of
+from .wrapped import WrappedForward, exchange
 
 __all__ = ["OffloadHandle"]
 
@@ -40,9 +42,17 @@ class OffloadHandle:
     """
 
     def __init__(
-        self, module: nn.Module, offloading: Offloading, start: Start | None = None, *, settle: bool = True
+        self,
+        module: nn.Module,
+        offloading: Offloading,
+        start: Start | None = None,
+        *,
+        settle: bool = True,
+        gate: Gate | None = None,
     ) -> None:
         self.module = module
+        self._gate = gate or Gate()  # one for all parts of a module over several devices
+        self._held: list[WrappedForward] = []  # while tensors are moved
         self._offloading = offloading
         self._lock = threading.RLock()
         self._restored = False
@@ -53,7 +63,9 @@ class OffloadHandle:
         self._placed = placed
         self._plan = placed.plan
         try:
-            self._installed = Installed(self.module, placed, self, DeepCopy(self), asleep=asleep)
+            self._installed = Installed(
+                self.module, placed, self, DeepCopy(self), self._gate, self._held, asleep=asleep
+            )
         except BaseException:
             with torch.inference_mode(False), torch.no_grad():
                 placed.undo()
@@ -109,12 +121,7 @@ class OffloadHandle:
         with self._lock:
             stager = placed.stager
             stats = snapshot(None if stager is None else stager.ring.read_stats())
-            measured, unmeasured = None, ""
-            if link and stats.copies:
-                try:
-                    measured = link_of(placed.driver)
-                except (HostMemoryError, RegistrationError, CudaError) as refused:
-                    unmeasured = str(refused)
+            measured, unmeasured = link_of(placed.driver) if link and stats.copies else (None, "")
             return Report(
                 plan=self._plan,
                 **host_facts(placed),
@@ -179,13 +186,7 @@ class OffloadHandle:
         return entry, member, current
 
     def _parts(self, name: str) -> dict[str, str]:
-        """Names of the tensors inside of one that wraps others, by their paths in it."""
-        start = name + "."
-        return {
-            known.removeprefix(start): known
-            for known, (_, member, _, attribute) in self._names.items()
-            if known.startswith(start) and member.outer is not None and name.endswith(attribute.split(".")[0])
-        }
+        return parts_of(name, {known: (member, attribute) for known, (_, member, _, attribute) in self._names.items()})
 
     def changed(self, name: str) -> None:
         """Say that a tensor's bytes were written in a way that torch does not see: through ``.data``, by a kernel.
@@ -228,23 +229,24 @@ class OffloadHandle:
         PlanError, SpecError
             What the module holds now cannot be offloaded; nothing has changed.
         SlotError
-            A unit is running; nothing has changed.
+            A unit is running, or other threads are inside of a call; nothing has changed.
         HostMemoryError, DeviceMemoryError
             Memory was refused; the module is restored, every tensor in ordinary memory.
         """
-        with self._lock, torch.inference_mode(False), torch.no_grad():
+        with self._lock, self._gate.moving("refreshed"):
             former = self._open()
             self._check_awake("refreshed")
             with former.quiet():
                 self._offloading.plan(self.module, pinned=former.pinned)
             former.retire()
             record, former.store = former.former(), None
-            self._installed.remove()
+            self._held = self._installed.hold()
             self._restored = True  # should memory be refused, that is the state that is left
             try:
                 placed = self._offloading.place(self.module, record)
             except BaseException:
                 former.undo()  # what had not been placed anew yet
+                exchange(self._held, [], self._gate)
                 raise
             self._install(placed)
             self._restored = False
@@ -264,13 +266,13 @@ class OffloadHandle:
         PlanError, SpecError
             The budget cannot hold the ring, or does not parse.
         SlotError
-            A unit is running, or a captured graph can still be replayed: it would use slots that are gone. Named.
+            A unit is running, other threads are inside of a call, or a captured graph can still be replayed. Named.
         HostMemoryError, DeviceMemoryError, torch.OutOfMemoryError
             Memory was refused.
 
         After any error everything is as it was.
         """
-        with self._lock, torch.inference_mode(False), torch.no_grad():
+        with self._lock, self._gate.moving("resized"):
             self._resize(*self._resized(device_budget))
 
     def _resized(self, device_budget: int | str) -> tuple[Offloading, Plan]:
@@ -297,13 +299,13 @@ class OffloadHandle:
         Raises
         ------
         SlotError
-            A unit is running, or a captured graph can still be replayed. Named.
+            A unit is running, other threads are inside of a call, or a captured graph can still be replayed. Named.
         HostMemoryError
             The residents find no room on the host.
 
         After any error everything is as it was.
         """
-        with self._lock, torch.inference_mode(False), torch.no_grad():
+        with self._lock, self._gate.moving("put to sleep"):
             former = self._open()
             if self._awake is None:
                 with former.quiet():
@@ -319,7 +321,7 @@ class OffloadHandle:
         DeviceMemoryError, torch.OutOfMemoryError
             The device has no room: free some, or `resize_` first. The module still sleeps.
         """
-        with self._lock, torch.inference_mode(False), torch.no_grad():
+        with self._lock, self._gate.moving("woken"):
             former = self._open()
             if self._awake is not None:
                 self._change(self._offloading.current(self.module, self._awake, pinned=former.pinned))
@@ -329,7 +331,7 @@ class OffloadHandle:
         """Place the module's tensors by another plan; by the present one again where memory is refused."""
         former = self._open()
         former.retire()
-        self._installed.remove()
+        self._held = self._installed.hold()
         self._restored = True
         try:
             placed = self._offloading.move(former, decided)
@@ -374,13 +376,14 @@ class OffloadHandle:
         Raises
         ------
         SlotError
-            A unit is running.
+            A unit is running, or other threads are inside of a call.
         """
-        with self._lock, torch.inference_mode(False), torch.no_grad():
+        with self._lock, self._gate.moving("restored"):
             if not self._restored:
                 self._placed.retire()
-                self._installed.remove()
+                held = self._installed.hold()
                 self._placed.undo()
+                exchange(held, [], self._gate)
                 self._restored = True
                 self._awake = None
         return self.module

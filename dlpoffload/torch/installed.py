@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .borders import BorderForward, SplitForward
 from .copying import refuse_copy, refuse_pickle
+from .gate import Gate
 from .gradients import refuse_gradients
 from .moved import guard_loading
 from .moving import GuardedApply
@@ -21,7 +22,7 @@ from .staging import StagedForward
 from .state import Saving, guard_state_dicts, homes_of
 from .tensors import torch_device
 from .traced import refuse_script
-from .wrapped import SleepingForward, WrappedForward
+from .wrapped import HeldForward, SleepingForward, WrappedForward, exchange
 
 if TYPE_CHECKING:
     from .device_map import Parts
@@ -41,9 +42,18 @@ class Installed:
     """The forwards, hooks and attributes of one offloaded module; none of them when making it fails."""
 
     def __init__(
-        self, module: nn.Module, placed: Placed, handle: object, deep_copy: Any, *, asleep: bool = False
+        self,
+        module: nn.Module,
+        placed: Placed,
+        handle: object,
+        deep_copy: Any,
+        gate: Gate,
+        held: list[WrappedForward],
+        *,
+        asleep: bool = False,
     ) -> None:
         self._placed = placed
+        self._gate = gate
         stager = placed.stager
         units = [] if stager is None else list(stager.units.values())
         self.forwards: list[WrappedForward] = []
@@ -58,7 +68,7 @@ class Installed:
         self._overrides = Overrides()
         try:
             self._override(module, placed, handle, deep_copy)
-            self._put_on()
+            self._put_on(held)
         except BaseException:
             self.remove()
             raise
@@ -75,9 +85,9 @@ class Installed:
             for inside, homes in homes_of(placed.stager, self._units).items():
                 self._overrides.put(inside, "_save_to_state_dict", Saving(inside, homes))
 
-    def _put_on(self) -> None:
-        for forward in self.forwards:
-            forward.install()
+    def _put_on(self, held: list[WrappedForward]) -> None:
+        exchange(held, self.forwards, self._gate)
+        held.clear()
         if self._placed.stager is not None:
             self._hooks += guard_state_dicts(self._placed.stager, self._units)
         self._hooks += guard_loading(self._placed)
@@ -85,14 +95,19 @@ class Installed:
 
     def remove(self) -> None:
         """Take everything off."""
+        exchange(self.hold(), [], self._gate)
+
+    def hold(self) -> list[WrappedForward]:
+        """Take everything off, and have other threads' calls of what was put on wait at the gate, by these forwards."""
         while self._hooks:
             self._hooks.pop().remove()
-        for forward in reversed(self.forwards):
-            forward.remove()
+        held: list[WrappedForward] = [HeldForward(module) for module in dict.fromkeys(f.module for f in self.forwards)]
+        exchange(self.forwards, held, self._gate)
         self._overrides.take()
         # The handle may outlive this, and the ring's slots must not.
         self.forwards.clear()
         self._units.clear()
+        return held
 
     @contextmanager
     def copyable(self) -> Iterator[None]:
@@ -108,9 +123,18 @@ class InstalledOverParts:
     """The same for a module over several devices: what is above its parts, and around them. Put on after theirs."""
 
     def __init__(
-        self, parts: Parts, placed: Sequence[Placed], handle: object, deep_copy: Any, *, asleep: bool = False
+        self,
+        parts: Parts,
+        placed: Sequence[Placed],
+        handle: object,
+        deep_copy: Any,
+        gate: Gate,
+        held: list[WrappedForward],
+        *,
+        asleep: bool = False,
     ) -> None:
-        root = parts.root
+        self._root = root = parts.root
+        self._gate = gate
         devices = {each.driver.device: torch_device(each.driver) for each in placed}
         inside = {id(module) for tree in parts.roots.values() for module in tree.modules()}
         above = [module for module in root.modules() if id(module) not in inside]
@@ -130,17 +154,25 @@ class InstalledOverParts:
                 self._overrides.put(module, "__reduce_ex__", refuse_pickle)
                 self._overrides.put(module, "__prepare_scriptable__", refuse_script)
             self._overrides.put(root, "__deepcopy__", deep_copy)
-            for forward in self.forwards:
-                forward.install()
+            exchange(held, self.forwards, gate)
+            held.clear()
         except BaseException:
             self.remove()
             raise
 
     def remove(self) -> None:
         """Take everything off. Idempotent."""
-        while self.forwards:
-            self.forwards.pop().remove()
+        exchange(self.hold(), [], self._gate)
+
+    def hold(self) -> list[WrappedForward]:
+        """See `Installed.hold`; the parts hold back what is theirs."""
+        # Where the root is a part itself, that part's forward stays until it is held.
+        alone = self.forwards and not isinstance(self.forwards[-1].before, WrappedForward)
+        held: list[WrappedForward] = [HeldForward(self._root)] if alone else []
+        exchange(self.forwards, held, self._gate)
+        self.forwards.clear()
         self._overrides.take()
+        return held
 
     @contextmanager
     def copyable(self) -> Iterator[None]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from ..driver import Driver
+from ..errors import CudaError, HostMemoryError, RegistrationError
 from ..planning import Placement, Plan
 from ..reporting import Rows
 from ..spec import format_nbytes
@@ -165,9 +166,11 @@ def snapshot(stats: TransferStats | None) -> TransferStats:
     return TransferStats() if stats is None else replace(stats)
 
 
-def link_of(driver: Driver) -> Link:
-    """The link's own rate, measured once for each device and process."""
-    found = _links.get(driver.device)
-    if found is None:
-        found = _links[driver.device] = measure_link(driver, nbytes=_LINK_NBYTES)
-    return found
+def link_of(driver: Driver) -> tuple[Link | None, str]:
+    """The link's own rate, measured once for each device and process; or why it could not be."""
+    if driver.device not in _links:
+        try:
+            _links[driver.device] = measure_link(driver, nbytes=_LINK_NBYTES)
+        except (HostMemoryError, RegistrationError, CudaError) as refused:
+            return None, str(refused)
+    return _links[driver.device], ""

@@ -27,7 +27,10 @@ class RootForward(WrappedForward):
         self.placed = placed
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._guarded(self.inner(*args, **kwargs))
+        if torch.compiler.is_compiling():
+            return self._guarded(self.inner(*args, **kwargs))
+        with self.gate:
+            return self._guarded(self.inner(*args, **kwargs)) if self.installed else self.passed_on(args, kwargs)
 
     def _guarded(self, output: Any) -> Any:
         # Compiled, it is the hooks on the parameters that refuse, after others may have accumulated.
@@ -41,16 +44,17 @@ class SteppedForward(RootForward):
 
     @border
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        stager = self.placed.stager
-        if not self.installed or stager is None:
-            return self.inner(*args, **kwargs)
-        begin_step(stager)
-        try:
-            output = self.inner(*args, **kwargs)
-        finally:
-            if self.installed:  # a hook may have restored the module
-                end_step(stager)
-        return self._guarded(output)
+        with self.gate:
+            stager = self.placed.stager
+            if not self.installed or stager is None:
+                return self.passed_on(args, kwargs)
+            begin_step(stager)
+            try:
+                output = self.inner(*args, **kwargs)
+            finally:
+                if self.installed:  # a hook may have restored the module
+                    end_step(stager)
+            return self._guarded(output)
 
 
 @uncompiled

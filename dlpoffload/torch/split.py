@@ -19,12 +19,14 @@ from ..errors import ClosedError, OffloadError, PlanError, SpecError
 from ..planning import Plan
 from .copying import DeepCopy, refuse_copy, refuse_pickle
 from .device_map import Budgets, DeviceMap, Parts, by_device
+from .gate import Gate
 from .handle import OffloadHandle
 from .installed import InstalledOverParts, handle_of
 from .loading import FromCheckpoint
 from .offloading import Offloading
 from .placed import Placed
 from .report import ByDevice, Report
+from .wrapped import WrappedForward, exchange
 
 __all__ = ["SplitHandle"]
 
@@ -52,6 +54,8 @@ class SplitHandle:
         self._lock = threading.RLock()
         self._restored = False
         self._handles: dict[str, OffloadHandle] = {}
+        self._gate = Gate()
+        self._held: list[WrappedForward] = []  # while tensors are moved
         meta = start is not None
         self._parts = parts = Parts(module, device_map, meta=meta)
         ready, plans = self._ready(parts), []
@@ -64,7 +68,7 @@ class SplitHandle:
         with ExitStack() as undo:
             for device, offloading in ready.items():
                 with _said_of(device):
-                    made = OffloadHandle(parts.roots[device], offloading, start, settle=False)
+                    made = OffloadHandle(parts.roots[device], offloading, start, settle=False, gate=self._gate)
                 self._handles[device] = made
                 undo.callback(made.restore_)
             self._install()
@@ -82,7 +86,9 @@ class SplitHandle:
 
     def _install(self) -> None:
         placed = [handle._placed for handle in self._handles.values()]
-        self._installed = InstalledOverParts(self._parts, placed, self, DeepCopy(self), asleep=self.asleep)
+        self._installed = InstalledOverParts(
+            self._parts, placed, self, DeepCopy(self), self._gate, self._held, asleep=self.asleep
+        )
 
     @staticmethod
     def of(module: nn.Module) -> SplitHandle | None:
@@ -166,7 +172,7 @@ class SplitHandle:
         HostMemoryError, DeviceMemoryError
             Memory was refused; the module is restored, every tensor in ordinary memory.
         """
-        with self._lock, torch.inference_mode(False), torch.no_grad():
+        with self._lock, self._gate.moving("refreshed"):
             self._open()
             if self.asleep:
                 raise OffloadError("this module sleeps and cannot be refreshed; wake() it first")
@@ -177,7 +183,7 @@ class SplitHandle:
                 with _said_of(device):
                     ready[device].plan(parts.roots[device], pinned=handle._placed.pinned)
             with self._closable():
-                self._installed.remove()
+                self._held = self._installed.hold()
                 try:
                     for device, handle in self._handles.items():
                         handle.module, handle._offloading = parts.roots[device], ready[device]
@@ -186,6 +192,7 @@ class SplitHandle:
                 except BaseException:
                     for handle in self._handles.values():
                         handle.restore_()
+                    exchange(self._held, [], self._gate)
                     self._restored = True
                     raise
             self._parts = parts
@@ -218,7 +225,7 @@ class SplitHandle:
 
         After any error everything is as it was, on every device.
         """
-        with self._lock, torch.inference_mode(False), torch.no_grad():
+        with self._lock, self._gate.moving("resized"):
             self._open()
             if not isinstance(device_budget, Mapping):
                 raise PlanError(
@@ -256,7 +263,7 @@ class SplitHandle:
         self._turn(asleep=False)
 
     def _turn(self, *, asleep: bool) -> None:
-        with self._lock, torch.inference_mode(False), torch.no_grad():
+        with self._lock, self._gate.moving("put to sleep" if asleep else "woken"):
             turning = [handle for handle in self._open() if handle.asleep is not asleep]
             if not turning:
                 return
@@ -267,7 +274,7 @@ class SplitHandle:
     @contextmanager
     def _changing(self) -> Iterator[None]:
         """Take off what holds the parts together for the length of a block."""
-        self._installed.remove()
+        self._held = self._installed.hold()
         try:
             yield
         finally:
@@ -309,12 +316,13 @@ class SplitHandle:
         SlotError
             A unit is running, or a captured graph can still be replayed. Nothing has changed then.
         """
-        with self._lock, torch.inference_mode(False), torch.no_grad():
+        with self._lock, self._gate.moving("restored"):
             if not self._restored:
                 with self._closable():
-                    self._installed.remove()
+                    held = self._installed.hold()
                     for handle in self._handles.values():
                         handle.restore_()
+                    exchange(held, [], self._gate)
                 self._restored = True
         return self.module
 

@@ -46,9 +46,12 @@ class StagedForward(WrappedForward):
 
     @border
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self.gate:
+            return self._staged(*args, **kwargs) if self.installed else self.passed_on(args, kwargs)
+
+    @border
+    def _staged(self, *args: Any, **kwargs: Any) -> Any:
         stager, unit = self.stager, self.unit
-        if not self.installed:
-            return self.inner(*args, **kwargs)
         lease = stager.enter(unit)
         escaped = False
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -16,7 +16,7 @@ from .shells import real_of
 from .subclasses import inner_tensors, wraps_others
 from .tensors import spec_of, version_of
 
-__all__ = ["INDIVISIBLE", "Entry", "Member", "Outer", "collect", "is_callable", "unit_tree"]
+__all__ = ["INDIVISIBLE", "Entry", "Member", "Outer", "collect", "is_callable", "parts_of", "unit_tree"]
 
 _BOUNDARY: Final = 16
 INDIVISIBLE = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
@@ -233,3 +233,19 @@ def is_callable(module: nn.Module) -> bool:
     """Whether the module has a forward of its own: a ModuleList has none."""
     unimplemented = getattr(nn.modules.module, "_forward_unimplemented", None)
     return type(module).forward is not unimplemented
+
+
+def parts_of(name: str, names: Mapping[str, tuple[Member, str]]) -> dict[str, str]:
+    """Names of the tensors inside of one that wraps others, by their paths in it.
+
+    Parameters
+    ----------
+    names
+        By qualified name: the member, and the attribute of the module, with the path inside of it.
+    """
+    start = name + "."
+    return {
+        known.removeprefix(start): known
+        for known, (member, attribute) in names.items()
+        if known.startswith(start) and member.outer is not None and name.endswith(attribute.split(".")[0])
+    }

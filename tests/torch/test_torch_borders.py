@@ -23,6 +23,7 @@ from dlpoffload.errors import PlanError  # noqa: E402
 from dlpoffload.torch import borders, mixing, offload_  # noqa: E402
 from dlpoffload.torch.borders import BorderForward, SplitForward  # noqa: E402
 from dlpoffload.torch.device_map import DeviceMap, Parts  # noqa: E402
+from dlpoffload.torch.gate import Gate  # noqa: E402
 
 OTHERS = {"mixture", "encoder_decoder", "rotated", "recurrent"}
 """Of the maps, those whose models need values, or ask a device for its kernels; they run where there is one."""
@@ -39,7 +40,7 @@ def faked(module: nn.Module, device_map: Mapping[str, int], monkeypatch: pytest.
     devices = dict(zip(names, map(torch.device, ("cpu", "cuda:0")), strict=True))
     forwards: list[BorderForward] = [BorderForward(inside, devices[name]) for inside, name in parts.borders()]
     for forward in (*forwards, SplitForward(parts, devices[parts.home], [])):
-        forward.install()
+        forward.install(Gate())
     made: dict[int, Tensor] = {}
     with torch.no_grad(), FakeTensorMode() as mode:
         for inside in module.modules():

@@ -48,6 +48,7 @@ from dlpoffload.torch import (  # noqa: E402
 from dlpoffload.torch import placed as placed_module  # noqa: E402
 from dlpoffload.torch.borders import BorderForward, moved  # noqa: E402
 from dlpoffload.torch.device_map import DeviceMap, Parts  # noqa: E402
+from dlpoffload.torch.gate import Gate  # noqa: E402
 from dlpoffload.transfer import SlotRing  # noqa: E402
 
 Pair = tuple[str, str]
@@ -524,7 +525,7 @@ def test_where_the_borders_are(two_cpus: object) -> None:
 def test_a_border_brings_positional_and_keyword_inputs_over() -> None:
     module = nn.Bilinear(3, 3, 2, device="meta")
     forward = BorderForward(module, torch.device("meta"))
-    forward.install()
+    forward.install(Gate())
     assert module(torch.ones(1, 3), input2=torch.ones(1, 3)).is_meta
     forward.remove()
     assert "forward" not in module.__dict__

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import gc
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +26,7 @@ from dlpoffload.errors import (  # noqa: E402
     SlotError,
     SpecError,
 )
-from dlpoffload.planning import Placement  # noqa: E402
+from dlpoffload.planning import Placement, all_mapped  # noqa: E402
 from dlpoffload.torch import OffloadHandle, offload_  # noqa: E402
 from dlpoffload.torch import offloading as offloading_module  # noqa: E402
 from dlpoffload.torch import placed as placed_module  # noqa: E402
@@ -247,6 +248,84 @@ def test_no_unit_runs_while_the_module_is_looked_over(act: str, monkeypatch: pyt
     with torch.no_grad():
         assert isinstance(found[0], OffloadError | ClosedError) or same(found[0], reference(vector(0, "cpu")))
     handle.wake()
+    check(module, reference, "cpu")
+
+
+ACTS: dict[str, Callable[[OffloadHandle], Any]] = {
+    "resized": lambda handle: handle.resize_("240KiB"),
+    "put to sleep": lambda handle: handle.sleep(),
+    "woken": lambda handle: handle.wake(),
+    "refreshed": lambda handle: handle.refresh_(),
+    "restored": lambda handle: handle.restore_(),
+}
+
+
+@pytest.mark.parametrize("what", ACTS)
+@pytest.mark.parametrize("policy", [None, all_mapped])
+def test_nothing_is_moved_under_the_call_of_another_thread(policy: Any, what: str) -> None:
+    # Between two units, or where nothing is staged, none of them is running.
+    torch.manual_seed(5)
+    module = Tower(8, 48)
+    reference = copy.deepcopy(module)
+    handle = offload_(module, "200KiB", device="cpu", **({"policy": policy} if policy else {"units": ["layers.*"]}))
+    inside, go_on = threading.Event(), threading.Event()
+    found: list[Any] = []
+
+    def wait(layer: nn.Module, inputs: Any) -> None:
+        inside.set()
+        assert go_on.wait(30)
+
+    def call() -> None:
+        with torch.no_grad():
+            found.append(module(vector(0, "cpu")))
+
+    hook = module.layers[3].register_forward_pre_hook(wait)
+    thread = threading.Thread(target=call)
+    thread.start()
+    assert inside.wait(30)
+    with pytest.raises(SlotError, match=f"^1 other threads are inside of a call .* cannot be {what};"):
+        ACTS[what](handle)
+    go_on.set()
+    thread.join()
+    hook.remove()
+    with torch.no_grad():
+        assert same(found[0], reference(vector(0, "cpu")))
+    ACTS[what](handle)
+    if not handle.restored:
+        handle.wake()
+    check(module, reference, "cpu")
+
+
+@pytest.mark.parametrize("pageable", ["never", "always"])
+def test_calls_that_begin_while_tensors_are_moved_wait(pageable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, reference, handle = tower("cpu", "200KiB", pageable=pageable)
+    found: list[Any] = []
+    started: list[threading.Thread] = []
+    move = Offloading.move
+
+    def call(called: Callable[[Tensor], Tensor], seed: int) -> None:
+        with torch.no_grad():
+            found.append((seed, called(vector(seed, "cpu"))))
+
+    def moving(self: Offloading, *args: Any, **options: Any) -> Any:
+        for seed, called in enumerate(on_the_way):
+            started.append(threading.Thread(target=call, args=(called, seed)))
+            started[-1].start()
+        placed = move(self, *args, **options)
+        time.sleep(0.2)
+        assert not found
+        return placed
+
+    # What a caller has looked up before it is taken off.
+    on_the_way = [module, module.forward, module.layers[2].forward]
+    monkeypatch.setattr(Offloading, "move", moving)
+    handle.resize_("260KiB")
+    for thread in started:
+        thread.join()
+    with torch.no_grad():
+        for seed, output in found:
+            assert same(output, [reference, reference, reference.layers[2]][seed](vector(seed, "cpu")))
+    assert sorted(seed for seed, _ in found) == [0, 1, 2]
     check(module, reference, "cpu")
 
 
