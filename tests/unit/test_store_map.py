@@ -488,6 +488,36 @@ def test_too_many_open_files(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+def test_chunks_need_no_descriptors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_CHUNK_NBYTES", PAGE)
+    tensors = {f"w{at}": np.full(PAGE, at, np.uint8) for at in range(64)}
+    path = tmp_path / "x.safetensors"
+    safetensors_numpy.save_file(tensors, path)
+    HostStore.map_file(path, device="cpu").close()  # whatever is opened once and for all
+    before = len(os.listdir("/proc/self/fd"))
+    with HostStore.map_file(path, device="cpu") as store:
+        assert len(store._homes) == 64
+        assert len(os.listdir("/proc/self/fd")) == before + 1, "the file's own, and none for its mappings"
+        assert stored(store) == raw(tensors)
+        for name in tensors:
+            store.copy_out(name)
+    assert "x.safetensors" not in Path("/proc/self/maps").read_text()
+
+
+def test_what_is_not_populated_is_not_left_mapped(
+    file: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, _ = file
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_native, "populate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        HostStore.map_file(path, device="cpu")
+    assert "model.safetensors" not in Path("/proc/self/maps").read_text(), "and the error holds its frames still"
+
+
 def test_no_permission(file: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     path, _ = file
     for folder in (tmp_path, *tmp_path.parents[:-2]):
