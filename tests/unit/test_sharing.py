@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import fcntl
 import gc
 import hashlib
@@ -10,6 +11,7 @@ import json
 import mmap
 import multiprocessing
 import os
+import pickle
 import re
 import signal
 import socket
@@ -19,13 +21,24 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
 import pytest
 from spawned import answer_with_w
 
-from dlpoffload import HostStore, SlotRing, TensorSpec, memfile, open_shared, pinned_nbytes, share
+from dlpoffload import (
+    DeviceBuffer,
+    HostBuffer,
+    HostStore,
+    SlotRing,
+    TensorSpec,
+    memfile,
+    open_shared,
+    pinned_nbytes,
+    share,
+)
 from dlpoffload.checkpoint import narrow
 from dlpoffload.driver import open_driver
 from dlpoffload.errors import AliasError, CheckpointError, HostMemoryError, OffloadError, SpecError
@@ -576,6 +589,22 @@ SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE if sys.plat
 def header(end: int) -> bytes:
     text = json.dumps({"w": {"dtype": "U8", "shape": [16], "data_offsets": [0, end]}}).encode()
     return len(text).to_bytes(8, "little") + text
+
+
+@pytest.mark.parametrize("how", [pickle.dumps, ForkingPickler.dumps, copy.copy, copy.deepcopy])
+def test_what_cannot_be_pickled_says_how_it_is_shared(how: Callable[[Any], Any], name: str, device: str) -> None:
+    tensors = {"w": b"1234"}
+    with (
+        share(tensors, name) as checkpoint,
+        HostStore.map_file(checkpoint.path, device=device) as mapped,
+        HostStore.copy_of(tensors, device=device) as copied,
+        HostBuffer.allocate(64, device=device) as host,
+        DeviceBuffer.allocate(64, device=device) as on_device,
+    ):
+        for thing in (checkpoint, mapped, copied, host, on_device):
+            with pytest.raises(OffloadError, match=r"share.*open_shared\(name\)") as caught:
+                how(thing)
+            assert type(caught.value) is OffloadError
 
 
 @pytest.mark.parametrize("lacking", ["F_SEAL_SHRINK", "F_SEAL_GROW", "F_SEAL_WRITE"])
