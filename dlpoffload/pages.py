@@ -41,7 +41,7 @@ class PinOptions:
             raise SpecError(f'huge_pages={huge_pages!r}; use "transparent", "hugetlb" or "never"')
         if numa_node is not None:
             known = _nodes()
-            if isinstance(numa_node, bool) or numa_node not in known:
+            if isinstance(numa_node, bool) or not hasattr(numa_node, "__index__") or numa_node not in known:
                 names = ", ".join(map(str, known)) or "none"
                 raise SpecError(f"numa_node={numa_node!r}, but this machine has the nodes {names}")
         budget = None if host_budget is None else parse_nbytes(host_budget, "host_budget")

@@ -266,7 +266,7 @@ _UNITS: Final = {
     "GIB": 1 << 30,
     "TIB": 1 << 40,
 }
-_NBYTES = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+_NBYTES = re.compile(r"\s*(\d{1,1000}(?:\.\d{1,1000})?)\s*([A-Za-z]*)\s*")
 
 
 def parse_nbytes(what: int | str, name: str = "nbytes") -> int:
@@ -277,7 +277,7 @@ def parse_nbytes(what: int | str, name: str = "nbytes") -> int:
     Raises
     ------
     SpecError
-        It does not parse, or is negative.
+        It does not parse, is negative, or is more than any memory has (2^63).
     """
     if isinstance(what, str):
         match = _NBYTES.fullmatch(what)
@@ -289,12 +289,18 @@ def parse_nbytes(what: int | str, name: str = "nbytes") -> int:
             )
         whole, _, fraction = match.group(1).partition(".")
         scale: int = 10 ** len(fraction)
-        return int(whole + fraction) * unit // scale
+        return _checked_count(int(whole + fraction) * unit // scale, name)
     if isinstance(what, bool) or not hasattr(what, "__index__"):
         raise SpecError(f'{name}={what!r} is not a count of bytes; pass an int or a string such as "20GiB"')
     count: int = what.__index__()
     if count < 0:
         raise SpecError(f"{name}={count} is negative; a count of bytes is zero or more")
+    return _checked_count(count, name)
+
+
+def _checked_count(count: int, name: str) -> int:
+    if count > _MOST:
+        raise SpecError(f"{name} is more than 2^63 bytes, which no memory has; pass what there is")
     return count
 
 

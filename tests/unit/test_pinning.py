@@ -504,6 +504,24 @@ def test_host_budget_bounds_the_hugetlb_pool_and_free_memory_does_not(monkeypatc
             HostStore.copy_of(tensors, device="cpu", huge_pages="hugetlb").close()
 
 
+@pytest.mark.parametrize("node", [0.0, True, "0", 1 << 70, -1])
+def test_a_node_that_is_none(node: Any) -> None:
+    with pytest.raises(SpecError, match="numa_node="):
+        HostBuffer.allocate(5000, device="cpu", numa_node=node)
+
+
+@pytest.mark.parametrize("nbytes", [1 << 66, 1 << 63, (1 << 63) - 1, 1 << 62])
+def test_sizes_and_budgets_above_all_memory(nbytes: int) -> None:
+    kind = SpecError if nbytes >> 63 else HostMemoryError
+    for options in ({}, {"pinned": False}, {"host_budget": (1 << 63) - 1}):
+        with pytest.raises(kind):
+            HostBuffer.allocate(nbytes, device="cpu", **options)
+    if kind is SpecError:
+        for call in (HostBuffer.allocate, HostStore.allocate):
+            with pytest.raises(SpecError, match="host_budget is more than"):
+                call(64 if call == HostBuffer.allocate else {"w": TensorSpec((1,), "uint8")}, host_budget=nbytes)
+
+
 def test_pageable_memory_does_not_count_pinned_pages_of_files_as_free(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

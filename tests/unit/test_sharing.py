@@ -710,17 +710,30 @@ def test_arguments_that_mean_nothing_are_refused_and_leave_no_name(name: str, tm
         ({"w": object()}, {}, SpecError, 'tensor "w"'),
         ({"w": b"1"}, {"specs": spec}, SpecError, "say how to read a checkpoint"),
         (7, {}, SpecError, "not a int"),
+        ({"\ud800": b"1"}, {}, SpecError, "UTF-8 has not; rename it"),
+        ({"__metadata__": b"1"}, {}, SpecError, "another part of the header; rename it"),
+        ({5: b"1"}, {}, SpecError, "no tensor can be called 5"),
         (tmp_path, {"recipe": {"w": "w"}}, SpecError, "pass specs="),
         (tmp_path, {"specs": {"v": spec["w"]}}, CheckpointError, '"v" is missing'),
         (tmp_path / "nothing", {}, CheckpointError, "cannot be opened"),
     ]
     for source, options, kind, message in wrong:
         with pytest.raises(kind, match=message):
-            share(source, name, **options)
+            share(source, name, **options, progress=lambda *_: pytest.fail("it was filled"))
         assert not is_named(name)
-    for bad in ("", "a/b", "a\0b", "x" * 200):
+    bad: Any
+    for bad in ("", "a/b", "a\0b", "x" * 200, "\ud800", 5, b"x", None):
         with pytest.raises(SpecError, match="no name to share under"):
             share({"w": b"1"}, bad)
+    for bad in (float("nan"), float("inf"), -1, 1e10, True, "1", None):
+        with pytest.raises(SpecError, match="timeout_s="):
+            open_shared(name, timeout_s=bad)
+    for bad in (b"x", None, 1.0, True):
+        with pytest.raises(SpecError, match="a name, a path or a descriptor"):
+            open_shared(bad)
+    for bad in ("/a\0b", "/\ud800"):
+        with pytest.raises(SpecError, match="is no path"):
+            open_shared(bad)
     with share({"w": b"1"}, name), pytest.raises(CheckpointError, match="another process shares that name already"):
         share({"w": b"1"}, name)
 
