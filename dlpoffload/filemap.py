@@ -141,13 +141,19 @@ def _populate(
             _native.populate(pointer + at, nbytes, threads, write=False)
         except OSError as error:
             if error.errno not in (errno.ENOSYS, errno.EINVAL):
+                _check_ends(path, descriptor, start + at + nbytes)
                 raise RegistrationError(
-                    f'"{path}" has no bytes {start + at} to {start + at + nbytes}, or its disk does not give them '
-                    f"({error.strerror}); fetch it again"
+                    f'bytes {start + at} to {start + at + nbytes} of "{path}" cannot be had where they are mapped '
+                    f"({error.strerror}): the disk does not give them, or a tmpfs with holes is full; {_REMEDY}"
                 ) from error
             _read(path, descriptor, start + at, nbytes, threads)  # a kernel before 5.14
         if done is not None:
             done(nbytes)
+
+
+def _check_ends(path: Path, descriptor: int, end: int) -> None:
+    if (found := os.fstat(descriptor).st_size) < end:
+        raise RegistrationError(f'"{path}" ends at byte {found}, and {end} are wanted; fetch it again')
 
 
 def _read(path: Path, descriptor: int, start: int, nbytes: int, threads: int) -> None:
@@ -162,4 +168,5 @@ def _read(path: Path, descriptor: int, start: int, nbytes: int, threads: int) ->
         except OSError as error:
             raise RegistrationError(f'"{path}" cannot be read: {error.strerror}; check the disk') from error
     if found < nbytes:
-        raise RegistrationError(f'"{path}" ends at byte {start + found}; fetch it again')
+        _check_ends(path, descriptor, start + nbytes)
+        raise RegistrationError(f'"{path}" changed while it was read; fetch it again')
