@@ -336,6 +336,22 @@ def checkpoint(path: Path, rng: Any) -> dict[str, Any]:
     return tensors
 
 
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("at", [4 * MIB, 12 * MIB], ids=["in the middle", "at the end"])
+def test_an_interrupt_in_progress_is_raised_by_wait(kind: type[BaseException], at: int) -> None:
+    def stop(done: int, total: int) -> None:
+        if done == at:
+            raise kind
+
+    with HostBuffer.allocate(12 * MIB, device="cpu", background=True, chunk_nbytes=4 * MIB, progress=stop) as buffer:
+        assert buffer.pinning is not None
+        with pytest.raises(kind) as caught:
+            buffer.pinning.wait(timeout_s=20)
+        assert buffer.pinning.state == "failed"
+        assert buffer.pinning.done_nbytes == at
+        assert "while pinning in the background" in caught.value.__notes__[0]
+
+
 @pytest.mark.parametrize("way", ["copy_of", "map_file"])
 def test_a_checkpoint_in_the_background(slow: Slow, tmp_path: Path, rng: Any, way: str) -> None:
     tensors = checkpoint(tmp_path / "x.safetensors", rng)
