@@ -33,6 +33,7 @@ from dlpoffload import (
     lifetime,
     live_buffers,
     pinned_nbytes,
+    registrations,
 )
 from dlpoffload.driver import installed, open_driver
 from dlpoffload.driver.cpu import CpuDriver
@@ -396,8 +397,6 @@ def test_what_stays_registered_is_not_unmapped(
         HostStore.map_file(path, device="cpu")
     assert "model.safetensors" in Path("/proc/self/maps").read_text(), "registered memory was unmapped"
     # What a process would keep for good; the tests that follow start without it.
-    from dlpoffload import registrations
-
     driver.keep = False
     with lifetime.lock:
         for registration in [r for r in registrations.registrations.ranges if r.driver is driver]:
@@ -486,6 +485,16 @@ def test_too_many_open_files(tmp_path: Path) -> None:
             assert len(os.listdir("/proc/self/fd")) == len(before)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_file_that_is_mapped_twice_is_charged_twice(file: tuple[Path, dict[str, Any]]) -> None:
+    path, _ = file
+    before = registrations.pinned_file_nbytes()
+    with HostStore.map_file(path, device="cpu"):
+        once = registrations.pinned_file_nbytes() - before
+        with HostStore.map_file(path, device="cpu"):
+            assert registrations.pinned_file_nbytes() - before == 2 * once > 0
+    assert registrations.pinned_file_nbytes() == before
 
 
 def test_chunks_need_no_descriptors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
