@@ -21,6 +21,7 @@ HugePages = Literal["transparent", "hugetlb", "never"]
 
 _HUGE_PAGE: Final = 2 << 20
 _PAGE: Final = mmap.PAGESIZE
+_ADDRESSABLE: Final = (1 << 63) - 1
 _THREADS: Final = 8
 _POOLS: Final = Path("/sys/kernel/mm/hugepages")
 _NODES: Final = Path("/sys/devices/system/node")
@@ -45,6 +46,8 @@ class PinOptions:
                 names = ", ".join(map(str, known)) or "none"
                 raise SpecError(f"numa_node={numa_node!r}, but this machine has the nodes {names}")
         budget = None if host_budget is None else parse_nbytes(host_budget, "host_budget")
+        if budget is not None and budget > _ADDRESSABLE:
+            raise SpecError(f"host_budget={budget} is more than 2^63 bytes, which no process can address; leave it out")
         return cls(huge_pages, numa_node, budget)  # type: ignore[arg-type]  # checked above
 
 

@@ -210,12 +210,12 @@ def test_what_is_no_number_of_bytes_is_refused(what: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "what", [1 << 63, 1 << 65, 10**4000, "8388608TiB", "9" * 1000 + "GB"], ids=lambda what: str(what)[:20]
+    "what", [1 << 101, 10**5000, -(10**5000), "9" * 1000 + "GB"], ids=["2^101", "more", "less", "text"]
 )
 def test_a_count_that_no_memory_has_is_refused(what: Any) -> None:
-    with pytest.raises(SpecError, match=r"device_budget is more than 2\^63 bytes"):
+    with pytest.raises(SpecError, match=r"device_budget has \d+ bits"):
         parse_nbytes(what, "device_budget")
-    assert parse_nbytes((1 << 63) - 1) == (1 << 63) - 1
+    assert parse_nbytes(1 << 100) == 1 << 100
 
 
 def test_a_negative_count_is_refused() -> None:
