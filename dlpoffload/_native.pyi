@@ -1,4 +1,4 @@
-"""The native core: DLPack capsules, owners counted without Python, anonymous mappings without the GIL."""
+"""The native core: DLPack capsules, owners counted without Python, mappings without the GIL."""
 
 from typing import Any, Final, final
 
@@ -118,6 +118,12 @@ def map_anonymous(nbytes: int, alignment: int, huge_pages: bool) -> int:
 
 def map_hugetlb(nbytes: int, page_nbytes: int) -> int:
     """Map private memory from the pool of reserved huge pages of one size, rounded up to whole ones (MAP_HUGETLB)."""
+
+def map_file(descriptor: int, byte_offset: int, nbytes: int) -> int:
+    """Map a range of a file from a page's start, shared and read-only; the mapping keeps no descriptor open.
+
+    It may reach behind the end of the file, whose pages end the process when they are read: see `populate`.
+    """
 
 def prefer_node(address: int, nbytes: int, node: int) -> None:
     """Take pages that are not there yet from a NUMA node, from others only when it is full (mbind, MPOL_PREFERRED)."""

@@ -113,7 +113,7 @@ class Background:
                     self._changed.notify_all()
                 if self._progress is not None:
                     self._progress(self._done_nbytes, self.nbytes)
-        except Exception as error:
+        except BaseException as error:  # a thread has nobody else to raise an interrupt to
             if not isinstance(error, OffloadError):
                 error.add_note("while pinning in the background; wait() raises it")
             self._error = error.with_traceback(None)  # whose frames would hold the memory

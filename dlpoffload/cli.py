@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        0 when what is there works, 1 when a check failed, 2 when the question was wrong.
+        0 when what is there works, 1 when a check failed, 2 when the question was wrong; 130 or 143 when it was
+        interrupted (SIGINT) or terminated (SIGTERM), after what was half done is taken back.
     """
     parser = argparse.ArgumentParser(
         prog="dlpoffload", description="Host memory for model weights, handed out as DLPack."
@@ -70,11 +73,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     check.add_argument("--host-budget", metavar="BYTES", help='what may be pinned in all, for example "64GiB"')
     check.add_argument("--json", action="store_true", help="print one JSON object; bytes are ints")
     arguments = parser.parse_args(argv)
+    try:
+        with _terminable():
+            return _run(arguments)
+    except KeyboardInterrupt as error:
+        terminated = isinstance(error, _Terminated)
+        print(f"dlpoffload {arguments.command}: {'terminated' if terminated else 'interrupted'}", file=sys.stderr)
+        return 128 + (signal.SIGTERM if terminated else signal.SIGINT)
+
+
+def _run(arguments: argparse.Namespace) -> int:
     if arguments.command == "align":
         return _align(arguments.source, arguments.target)
     if arguments.command == "open":
         return _open(arguments)
     return _doctor(arguments.device, as_json=arguments.json)
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, as the exception that SIGINT is: what is half done is taken back, and its files are removed."""
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    def terminate(number: int, frame: object) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield  # who embeds the command has its own way
+        return
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _align(source: str, target: str) -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Self
+from typing import NoReturn, Self
+
+from .errors import OffloadError
 
 __all__ = ["Closing"]
 
@@ -24,6 +26,12 @@ class Closing:
 
     def _let_go(self) -> None:
         """Give it up where closing was refused and nobody will ask again: it is freed with its last user."""
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise OffloadError(
+            f"a {type(self).__name__} is memory of this process, and can be neither pickled nor copied; let other "
+            "processes map its tensors: share(tensors, name) here, open_shared(name) there"
+        )
 
     def __enter__(self) -> Self:
         self._check_open()

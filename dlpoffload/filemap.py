@@ -10,6 +10,7 @@ import mmap
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -19,7 +20,7 @@ from .driver import Driver
 from .errors import RegistrationError
 from .memfile import is_in_memory
 from .pages import host_threads
-from .registrations import Promise, registrations
+from .registrations import Promise, Registration, registrations
 
 __all__ = ["check_mappable", "map_file_range"]
 
@@ -95,31 +96,38 @@ def _mapped_block(
     done: Callable[[int], None] | None,
 ) -> Block:
     try:
-        mapping = mmap.mmap(descriptor, length, mmap.MAP_SHARED, mmap.PROT_READ, offset=start)
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise RegistrationError(f'"{path}" cannot be mapped: {reason}; {_REMEDY}') from error
-    pointer = _native.buffer_pointer(mapping)
-    _populate(path, descriptor, pointer, start, length, done)
+        # Not by Python's own mmap, which keeps a descriptor for each mapping: a large checkpoint has many chunks.
+        pointer = _native.map_file(descriptor, start, length)
+    except OSError as error:
+        raise RegistrationError(f'"{path}" cannot be mapped: {error.strerror}; {_REMEDY}') from error
+    unmap = partial(_native.unmap, pointer, length)
     try:
-        with lifetime.lock:
-            used = registrations.acquire(pointer, pointer + length, driver, read_only=True, in_page_cache=not there)
-    except BaseException as error:
+        _populate(path, descriptor, pointer, start, length, done)
+        used = _pin(path, pointer, length, driver, there)
+    except BaseException:
         if registrations.stuck(pointer, pointer + length, driver):
-            lifetime.keep("mapped file", length, mapping.close)
-        if not isinstance(error, RegistrationError):
-            raise
-        raise RegistrationError(
-            f'"{path}" is mapped, but {driver.device} cannot pin its pages (not every file system lets them be '
-            f"pinned): {error}; {_REMEDY}"
-        ) from error
+            lifetime.keep("mapped file", length, unmap)
+        else:
+            unmap()
+        raise
 
     def release() -> None:
         with lifetime.lock:
             registrations.release(used)
-        mapping.close()  # only now: what is registered must not be unmapped
+        unmap()  # only now: what is registered must not be unmapped
 
     return pinned_block(pointer, length, driver, used, release, kind="mapped file", read_only=True)
+
+
+def _pin(path: Path, pointer: int, length: int, driver: Driver, there: bool) -> list[Registration]:
+    try:
+        with lifetime.lock:
+            return registrations.acquire(pointer, pointer + length, driver, read_only=True, in_page_cache=not there)
+    except RegistrationError as error:
+        raise RegistrationError(
+            f'"{path}" is mapped, but {driver.device} cannot pin its pages (not every file system lets them be '
+            f"pinned): {error}; {_REMEDY}"
+        ) from error
 
 
 def _populate(
@@ -133,13 +141,19 @@ def _populate(
             _native.populate(pointer + at, nbytes, threads, write=False)
         except OSError as error:
             if error.errno not in (errno.ENOSYS, errno.EINVAL):
+                _check_ends(path, descriptor, start + at + nbytes)
                 raise RegistrationError(
-                    f'"{path}" has no bytes {start + at} to {start + at + nbytes}, or its disk does not give them '
-                    f"({error.strerror}); fetch it again"
+                    f'bytes {start + at} to {start + at + nbytes} of "{path}" cannot be had where they are mapped '
+                    f"({error.strerror}): the disk does not give them, or a tmpfs with holes is full; {_REMEDY}"
                 ) from error
             _read(path, descriptor, start + at, nbytes, threads)  # a kernel before 5.14
         if done is not None:
             done(nbytes)
+
+
+def _check_ends(path: Path, descriptor: int, end: int) -> None:
+    if (found := os.fstat(descriptor).st_size) < end:
+        raise RegistrationError(f'"{path}" ends at byte {found}, and {end} are wanted; fetch it again')
 
 
 def _read(path: Path, descriptor: int, start: int, nbytes: int, threads: int) -> None:
@@ -154,4 +168,5 @@ def _read(path: Path, descriptor: int, start: int, nbytes: int, threads: int) ->
         except OSError as error:
             raise RegistrationError(f'"{path}" cannot be read: {error.strerror}; check the disk') from error
     if found < nbytes:
-        raise RegistrationError(f'"{path}" ends at byte {start + found}; fetch it again')
+        _check_ends(path, descriptor, start + nbytes)
+        raise RegistrationError(f'"{path}" changed while it was read; fetch it again')

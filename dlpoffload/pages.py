@@ -21,6 +21,7 @@ HugePages = Literal["transparent", "hugetlb", "never"]
 
 _HUGE_PAGE: Final = 2 << 20
 _PAGE: Final = mmap.PAGESIZE
+_ADDRESSABLE: Final = (1 << 63) - 1
 _THREADS: Final = 8
 _POOLS: Final = Path("/sys/kernel/mm/hugepages")
 _NODES: Final = Path("/sys/devices/system/node")
@@ -41,10 +42,12 @@ class PinOptions:
             raise SpecError(f'huge_pages={huge_pages!r}; use "transparent", "hugetlb" or "never"')
         if numa_node is not None:
             known = _nodes()
-            if isinstance(numa_node, bool) or numa_node not in known:
+            if isinstance(numa_node, bool) or not hasattr(numa_node, "__index__") or numa_node not in known:
                 names = ", ".join(map(str, known)) or "none"
                 raise SpecError(f"numa_node={numa_node!r}, but this machine has the nodes {names}")
         budget = None if host_budget is None else parse_nbytes(host_budget, "host_budget")
+        if budget is not None and budget > _ADDRESSABLE:
+            raise SpecError(f"host_budget={budget} is more than 2^63 bytes, which no process can address; leave it out")
         return cls(huge_pages, numa_node, budget)  # type: ignore[arg-type]  # checked above
 
 

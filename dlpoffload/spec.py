@@ -29,6 +29,8 @@ __all__ = [
 _MAX_NDIM: Final = 64
 """As in NumPy and the array API; the native core takes no more."""
 _MOST: Final = (1 << 63) - 1
+_MOST_NBYTES: Final = 1 << 100
+"""No tensor, and no sum of them, has as many: larger counts are mistakes, and no text or float holds all of them."""
 
 ALIGNMENT: Final = 256
 """Bytes to which every tensor inside a buffer is aligned: XLA wants 64 on the CPU, kernels 16; cuMemAlloc gives 256."""
@@ -266,7 +268,7 @@ _UNITS: Final = {
     "GIB": 1 << 30,
     "TIB": 1 << 40,
 }
-_NBYTES = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+_NBYTES = re.compile(r"\s*(\d{1,1000}(?:\.\d{1,1000})?)\s*([A-Za-z]*)\s*")
 
 
 def parse_nbytes(what: int | str, name: str = "nbytes") -> int:
@@ -277,7 +279,7 @@ def parse_nbytes(what: int | str, name: str = "nbytes") -> int:
     Raises
     ------
     SpecError
-        It does not parse, or is negative.
+        It does not parse, is negative, or is more than 2^100.
     """
     if isinstance(what, str):
         match = _NBYTES.fullmatch(what)
@@ -289,12 +291,18 @@ def parse_nbytes(what: int | str, name: str = "nbytes") -> int:
             )
         whole, _, fraction = match.group(1).partition(".")
         scale: int = 10 ** len(fraction)
-        return int(whole + fraction) * unit // scale
+        return _checked_count(int(whole + fraction) * unit // scale, name)
     if isinstance(what, bool) or not hasattr(what, "__index__"):
         raise SpecError(f'{name}={what!r} is not a count of bytes; pass an int or a string such as "20GiB"')
     count: int = what.__index__()
-    if count < 0:
+    if -_MOST_NBYTES <= count < 0:
         raise SpecError(f"{name}={count} is negative; a count of bytes is zero or more")
+    return _checked_count(count, name)
+
+
+def _checked_count(count: int, name: str) -> int:
+    if abs(count) > _MOST_NBYTES:
+        raise SpecError(f"{name} has {count.bit_length()} bits, and no count of bytes has more than 100")
     return count
 
 

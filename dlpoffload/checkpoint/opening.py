@@ -10,9 +10,9 @@ from contextlib import ExitStack
 from io import BufferedReader
 from pathlib import Path, PurePosixPath
 from types import TracebackType
-from typing import Final, Self
+from typing import Final, NoReturn, Self
 
-from ..errors import CheckpointError, SpecError
+from ..errors import CheckpointError, OffloadError, SpecError
 from ..spec import TensorSpec, format_nbytes
 from .assembly import Assembly
 from .reading import Progress, read_into
@@ -78,6 +78,12 @@ class Checkpoint:
     def close(self) -> None:
         """Close the files. Idempotent."""
         self._files.close()
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise OffloadError(
+            f'an open checkpoint, "{self.path}", can be neither pickled nor copied; pass its path and open it there; '
+            "of a checkpoint of `share` pass the name, and call open_shared(name) there"
+        )
 
     def __enter__(self) -> Self:
         return self

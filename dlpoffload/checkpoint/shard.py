@@ -262,14 +262,26 @@ def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def check_name(name: object) -> None:
+    """Raise SpecError unless a tensor can stand under a name in a header."""
+    try:
+        if isinstance(name, str) and name.encode() and name != "__metadata__":
+            return
+        why = "it is another part of the header" if isinstance(name, str) and name else "it is no string of characters"
+    except UnicodeEncodeError:
+        why = "it has characters that UTF-8 has not"
+    raise SpecError(f"no tensor can be called {name!r} in safetensors: {why}; rename it")
+
+
 def stored_as(name: str, spec: TensorSpec) -> tuple[str, tuple[int, ...]]:
     """The dtype and shape under which a row-major tensor stands in a header.
 
     Raises
     ------
     SpecError
-        The format has no such dtype.
+        The format has no such dtype, or no such name.
     """
+    check_name(name)
     for stored_dtype, known in _DTYPES.items():
         if known == spec.dtype.name:
             halves = stored_dtype == "F4"

@@ -177,9 +177,12 @@ def _peer(connection: socket.socket) -> tuple[int, int]:
 def _address(name: str) -> bytes:
     if sys.platform != "linux":
         raise OffloadError("sharing memory between processes by name needs the abstract sockets of Linux")
-    address = f"\0dlpoffload/{os.geteuid()}/{name}".encode()
-    if not name or "/" in name or "\0" in name or len(address) > _ADDRESS_NBYTES:
-        raise SpecError(
-            f"{name!r} is no name to share under; use one of at most {_ADDRESS_NBYTES - 24} bytes without slashes"
-        )
-    return address
+    if isinstance(name, str) and name and "/" not in name and "\0" not in name:
+        # What UTF-8 has not is of no use to another process, which has to say it.
+        with suppress(UnicodeEncodeError):
+            address = f"\0dlpoffload/{os.geteuid()}/{name}".encode()
+            if len(address) <= _ADDRESS_NBYTES:
+                return address
+    raise SpecError(
+        f"{name!r} is no name to share under; use one of at most {_ADDRESS_NBYTES - 24} bytes without slashes"
+    )

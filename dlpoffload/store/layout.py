@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, Protocol
@@ -13,6 +14,8 @@ __all__ = ["Units", "checked_units", "grouped", "near_to"]
 
 _GROUP_NBYTES: Final = 1 << 30
 """Tensors of no unit share buffers of at most this: longer registrations stall kernels that run meanwhile."""
+
+_NEIGHBOURS: Final = 128
 
 
 class NamedUnit(Protocol):
@@ -70,5 +73,17 @@ def checked_units(specs: Mapping[str, TensorSpec], units: Units | None) -> dict[
 
 def near_to(name: object, known: Iterable[str]) -> str:
     """The end of a message about a name that is not known."""
-    found = difflib.get_close_matches(str(name), known, n=3)
+    found = difflib.get_close_matches(str(name), _neighbours(str(name), list(known)), n=3)
     return f"; near to it are {', '.join(map(repr, found))}" if found else ""
+
+
+def _neighbours(name: str, known: list[str]) -> Iterable[str]:
+    """Of many names those that begin, or end, most like this one: to compare it with each would take seconds."""
+    if len(known) <= 4 * _NEIGHBOURS:
+        return known
+    found: set[str] = set()
+    for direction in (1, -1):
+        ordered = sorted(other[::direction] for other in known)
+        at = bisect.bisect(ordered, name[::direction])
+        found.update(other[::direction] for other in ordered[max(at - _NEIGHBOURS, 0) : at + _NEIGHBOURS])
+    return found

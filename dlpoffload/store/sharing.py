@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from numbers import Real
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from ..checkpoint import (
     Checkpoint,
@@ -32,6 +33,8 @@ from .strides import packed_source, row_major
 
 __all__ = ["open_shared", "share"]
 
+_LONGEST_S: Final = 2_000_000
+"""Sockets wait for less than 2^31 ms."""
 _Fill: TypeAlias = Callable[[HostBuffer, Mapping[str, int]], None]
 
 
@@ -117,20 +120,30 @@ def open_shared(source: str | os.PathLike[str] | int, *, timeout_s: float = 600.
         Nobody shares under the name in time, or another user; the process that does ended before it was done; the path
         or the descriptor is none of `share`; sizes do not fit each other.
     SpecError
-        The name means nothing.
+        The name, or the time, means nothing.
     """
+    _check_wait(source, timeout_s)
     what = f"descriptor {source}" if isinstance(source, int) else f'"{source}"'
     if isinstance(source, str) and "/" not in source:
         return _opened(received(source, timeout_s), what)
     path = Path(f"/proc/self/fd/{source}") if isinstance(source, int) else Path(source)
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except ValueError as error:
+        raise SpecError(f"{source!r} is no path: {error}; pass the `path` of a checkpoint of `share`") from error
     except OSError as error:
         raise CheckpointError(
             f"{what} cannot be opened: {error.strerror}; it is there while the process that shares it has it open, and "
             "for its user only"
         ) from error
     return _opened(descriptor, what)
+
+
+def _check_wait(source: object, timeout_s: object) -> None:
+    if isinstance(timeout_s, bool) or not isinstance(timeout_s, Real) or not 0 <= float(timeout_s) <= _LONGEST_S:
+        raise SpecError(f"timeout_s={timeout_s!r} is no time to wait; pass seconds, from 0 to {_LONGEST_S}")
+    if isinstance(source, bool) or not isinstance(source, str | os.PathLike | int):
+        raise SpecError(f"what is opened is a name, a path or a descriptor, not a {type(source).__name__}")
 
 
 def _opened(descriptor: int, what: str, handover: Handover | None = None) -> Checkpoint:

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.utils.dlpack import from_dlpack
 
+from ..blocks import check_pinning, check_taking
 from ..checkpoint import Recipe
-from ..limits import check_host_budget
 from ..memory import HostBuffer
 from ..planning import Placement, Plan
 from ..producers import view_of
@@ -66,7 +66,7 @@ class FromCheckpoint:
         """The same for the parts of a module; nothing has changed when the whole does not fit the source or host."""
         loads = {load.entry.name: load for load in self._matched(module, collect(module, meta=True))}
         if self.mode == "copy":
-            check_host_budget(
+            check_taking(  # its part is charged to each device's driver again, when it is placed
                 sum(
                     spec.nbytes
                     for plan in plans
@@ -96,6 +96,7 @@ class Loading(Origin):
     def store(self, placed: Placed, specs: Mapping[str, TensorSpec], units: Units) -> HostStore | None:
         """One over the checkpoint's own pages, where that was asked for."""
         if self._mode == "copy":
+            placed.because = "asked for"
             return None
         return mapped_store(self._source, list(self._loads.values()), self._mode, placed, specs, units)
 
@@ -108,7 +109,11 @@ class Loading(Origin):
         at_home -= {load.entry.name for load in resident}
         if at_home and placed.store is not None:
             # All of it at once: sooner than after minutes of reading.
-            check_host_budget(sum(placed.plan.specs[name].nbytes for name in at_home))
+            nbytes = sum(placed.plan.specs[name].nbytes for name in at_home)
+            if placed.pinned:
+                check_pinning(nbytes, placed.driver)
+            else:
+                check_taking(nbytes)
             self._read(placed.store.memoryviews(at_home), whole)
         for load in resident:
             self._flats[id(load.entry)] = empty_bytes(load.entry.spec.nbytes, placed.device)

@@ -65,6 +65,7 @@ def matched(
     used = {source for assembly in made.values() for source in assembly.sources}
     unexpected = [f'"{name}" ({spec})' for name, spec in stored.items() if strict and name not in used]
     different = differences(made, wanted)
+    cast = any(made[name].shape == wanted[name].shape and made[name].dtype != wanted[name].dtype for name in made)
     if missing or unexpected or different:
         raise CheckpointError(
             f"the checkpoint's {len(stored)} tensors do not fit the {type(module).__name__}: "
@@ -77,7 +78,7 @@ def matched(
                 )
                 if found
             )
-            + f". To do: {'; '.join(_remedies(missing, unexpected, different))}"
+            + f". To do: {'; '.join(_remedies(missing, unexpected, different, cast))}"
         )
     for load in loads:
         for member in load.entry.members:
@@ -133,7 +134,7 @@ def _some(found: list[str]) -> str:
     return ", ".join(found[:_SHOWN]) + (f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else "")
 
 
-def _remedies(missing: list[Member], unexpected: list[str], different: list[str]) -> Iterator[str]:
+def _remedies(missing: list[Member], unexpected: list[str], different: list[str], cast: bool) -> Iterator[str]:
     if any(_is_persistent(member) for member in missing):
         yield "say by a recipe what missing tensors are made of"
     if not all(_is_persistent(member) for member in missing):
@@ -145,3 +146,8 @@ def _remedies(missing: list[Member], unexpected: list[str], different: list[str]
         yield "leave unexpected ones out by strict=False"
     if different:
         yield "build the module with the shapes and the dtype of the checkpoint, or convert the file"
+    if cast:
+        yield (
+            "or read it with HostStore.copy_of, cast its tensors, and pass them as a mapping, with the default "
+            'mode="copy": no file is cast'
+        )

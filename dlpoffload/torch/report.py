@@ -40,7 +40,7 @@ class Report(Rows):
     mode : str
         ``"map"`` where host bytes are a checkpoint's own pages, else ``"copy"``.
     because : str
-        Why it is so, where that was asked for.
+        Why it is so, where a checkpoint was given.
     file_nbytes : int
         Of the pinned bytes, the pages of files: no second copy.
     moved : tuple of str

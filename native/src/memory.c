@@ -1,5 +1,6 @@
 /* Pages, buffers and copies, as Python sees them: without the GIL, OSError with errno. */
 #include <errno.h>
+#include <limits.h>
 #include <string.h>
 
 #include "core.h"
@@ -55,6 +56,25 @@ static PyObject *map_hugetlb(PyObject *module, PyObject *args, PyObject *kwargs)
     void *address = NULL;
     Py_BEGIN_ALLOW_THREADS
     error = dlpo_map_hugetlb((size_t)nbytes, shift, &address);
+    Py_END_ALLOW_THREADS
+    if (error) return finish(error);
+    return PyLong_FromUnsignedLongLong((uintptr_t)address);
+}
+
+static PyObject *map_file(PyObject *module, PyObject *args, PyObject *kwargs) {
+    static char *names[] = {"descriptor", "byte_offset", "nbytes", NULL};
+    (void)module;
+    PyObject *descriptor_arg, *offset_arg, *nbytes_arg;
+    uint64_t descriptor, offset, nbytes;
+    int error;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOO:map_file", names, &descriptor_arg, &offset_arg, &nbytes_arg) ||
+        !arg_unsigned(descriptor_arg, "descriptor", INT_MAX, &descriptor) ||
+        !arg_unsigned(offset_arg, "byte_offset", INT64_MAX, &offset) ||
+        !arg_unsigned(nbytes_arg, "nbytes", SIZE_MAX, &nbytes))
+        return NULL;
+    void *address = NULL;
+    Py_BEGIN_ALLOW_THREADS
+    error = dlpo_map_file((int)descriptor, offset, (size_t)nbytes, &address);
     Py_END_ALLOW_THREADS
     if (error) return finish(error);
     return PyLong_FromUnsignedLongLong((uintptr_t)address);
@@ -198,6 +218,8 @@ PyMethodDef memory_methods[] = {
      "Fault every page in, for writing or only for reading, on up to `threads` threads."},
     {"map_hugetlb", WITH_KEYWORDS(map_hugetlb), METH_VARARGS | METH_KEYWORDS,
      "map_hugetlb($module, nbytes, page_nbytes)\n--\n\nMap memory from the pool of reserved huge pages."},
+    {"map_file", WITH_KEYWORDS(map_file), METH_VARARGS | METH_KEYWORDS,
+     "map_file($module, descriptor, byte_offset, nbytes)\n--\n\nMap a range of a file, shared and read-only."},
     {"prefer_node", WITH_KEYWORDS(prefer_node), METH_VARARGS | METH_KEYWORDS,
      "prefer_node($module, address, nbytes, node)\n--\n\nTake pages that are not there yet from one NUMA node."},
     {"unmap", WITH_KEYWORDS(unmap), METH_VARARGS | METH_KEYWORDS,

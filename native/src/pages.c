@@ -1,4 +1,4 @@
-/* Anonymous mappings, aligned, advised, populated by several threads. */
+/* Mappings of anonymous memory, aligned and advised, and of files; populated by several threads. */
 #include "pages.h"
 #include "pieces.h"
 
@@ -78,6 +78,15 @@ int dlpo_map_hugetlb(size_t nbytes, unsigned page_shift, void **address) {
     (void)nbytes, (void)page_shift, (void)address;
     return ENOSYS;
 #endif
+}
+
+int dlpo_map_file(int descriptor, uint64_t byte_offset, size_t nbytes, void **address) {
+    off_t offset = (off_t)byte_offset;
+    if (offset < 0 || (uint64_t)offset != byte_offset) return EOVERFLOW;
+    void *start = mmap(NULL, nbytes, PROT_READ, MAP_SHARED, descriptor, offset);
+    if (start == MAP_FAILED) return errno;
+    *address = start;
+    return 0;
 }
 
 int dlpo_prefer_node(void *address, size_t nbytes, unsigned node) {

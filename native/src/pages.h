@@ -4,11 +4,14 @@
 
 #include <stdbool.h>
 #include <stddef.h>
+#include <stdint.h>
 
 /* `alignment` is a power of two; at least a page is given. */
 int dlpo_map_anonymous(size_t nbytes, size_t alignment, bool huge_pages, void **address);
 /* From the pool of reserved huge pages of 1 << `page_shift` bytes: whole pages, zero. ENOMEM when the pool is empty. */
 int dlpo_map_hugetlb(size_t nbytes, unsigned page_shift, void **address);
+/* Shared and read-only; `byte_offset` is a multiple of a page. The descriptor may be closed at once. */
+int dlpo_map_file(int descriptor, uint64_t byte_offset, size_t nbytes, void **address);
 /* Pages that are not there yet come from this NUMA node, or from another one when it is full (mbind). */
 int dlpo_prefer_node(void *address, size_t nbytes, unsigned node);
 int dlpo_unmap(void *address, size_t nbytes);

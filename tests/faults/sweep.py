@@ -230,8 +230,7 @@ def _left(operation: Operation, fault: Fault, before: Any, after: Any) -> list[s
     if not (fault.call in RELEASES or operation.releases or fault.sticky):
         return list(different.values())
     wrong = [words for name, words in different.items() if name == "threads"]
-    # A mapping that is kept has a descriptor of its own.
-    if len(after.descriptors) - len(before.descriptors) > len(after.mapped_files) - len(before.mapped_files):
+    if "descriptors" in different:  # a mapping that is kept needs none
         wrong.append(different["descriptors"])
     if not fault.sticky and handles > 1:
         wrong.append(f"{handles} streams and events are left")

@@ -13,6 +13,7 @@ from dlpoffload import driver as drivers
 from dlpoffload import memory
 from dlpoffload.driver.cpu import CpuDriver
 from dlpoffload.errors import HostMemoryError
+from dlpoffload.registrations import Promise, promising
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -113,6 +114,16 @@ def two_cpus() -> Iterator[Callable[..., Any]]:
 
         yield put
         drivers._installed["cpu:1"].synchronize()
+
+
+@pytest.fixture
+def all_promised() -> Iterator[None]:
+    """Another thread is about to pin all there is."""
+    promise = Promise()
+    with promising:
+        promise.make(1 << 60, 1 << 60)
+    yield
+    promise.keep()
 
 
 @pytest.fixture

@@ -470,6 +470,20 @@ def test_more_than_the_machine_has(device: str, monkeypatch: pytest.MonkeyPatch)
     assert looks(model) == before
 
 
+@pytest.mark.parametrize("pageable", ["never", "always"])
+def test_memory_that_is_promised_to_others_is_not_free(
+    pageable: Any, device: str, all_promised: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("allocate_pinned", "allocate_pageable"):
+        monkeypatch.setattr(memory, name, lambda *_, **__: pytest.fail("allocated"))
+    with torch.device("meta"):
+        model = Tower(2)
+    before = looks(model)
+    with pytest.raises(HostMemoryError, match="promised to what is being pinned now"):
+        offload_(model, "1MiB", device=device, policy=all_staged, pageable=pageable, checkpoint=stored(Tower(2)))
+    assert looks(model) == before
+
+
 @pytest.mark.parametrize("policy", [all_staged, all_mapped, None])
 def test_memory_refused_at_each_buffer(policy: Any, device: str, refuse: Callable[[int], None], tmp_path: Path) -> None:
     reference = Tower(5)

@@ -307,6 +307,17 @@ def test_more_than_the_machine_has(pair: Pair, monkeypatch: pytest.MonkeyPatch) 
     assert looks(model) == before
 
 
+def test_memory_that_is_promised_to_others_is_not_free(
+    pair: Pair, all_promised: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dlpoffload.torch.placed.Placed.__init__", lambda *_, **__: pytest.fail("a part was placed"))
+    model = nn.Sequential(nn.Linear(8, 8, device="meta"), nn.Linear(8, 8, device="meta"))
+    weights = {name: torch.zeros(t.shape) for name, t in model.state_dict().items()}
+    options: dict[str, Any] = {"device_map": {"": pair[1], "0": pair[0]}, "policy": all_mapped}
+    with pytest.raises(HostMemoryError, match="promised to what is being pinned now"):
+        offload_(model, dict.fromkeys(pair, 0), checkpoint=weights, **options)
+
+
 @pytest.mark.parametrize("policy", [all_staged, all_mapped, None])
 def test_memory_refused_at_each_buffer(policy: Any, pair: Pair, refuse: Callable[[int], None], tmp_path: Path) -> None:
     """Whichever buffer of whichever device: all of the module is on meta again, and what was real has its bytes."""

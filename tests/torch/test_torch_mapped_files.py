@@ -21,7 +21,7 @@ from models import CASES, Case, Tower, assert_same, run, same, tensors_of  # noq
 from safetensors.torch import save_file  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from dlpoffload import memory  # noqa: E402
+from dlpoffload import HostStore, memory  # noqa: E402
 from dlpoffload.checkpoint import align, narrow  # noqa: E402
 from dlpoffload.driver import open_driver  # noqa: E402
 from dlpoffload.errors import AliasError, CheckpointError, HostMemoryError, OffloadError, PlanError, SlotError  # noqa: E402
@@ -144,6 +144,33 @@ def test_the_report_says_how_and_why(placement: str, device: str, tmp_path: Path
     assert report.pinned_nbytes == report.file_nbytes, "not a byte beside the file's own pages"
     assert "mapped: asked for" in str(report)
     mapped.check()
+
+
+def test_what_was_asked_to_be_copied_says_so(device: str, tmp_path: Path) -> None:
+    with torch.device("meta"):
+        tower = Tower(4)
+    path, options = saved(tmp_path, Tower(4)), {"device": device, **PLACEMENTS["staged"]}
+    handle = offload_(tower, "1MiB", checkpoint=path, mode="copy", **options)
+    report = handle.report(link=False)
+    assert (report.mode, report.because) == ("copy", "asked for")
+    assert "copied: asked for" in str(report)
+    assert offload_(Tower(4), "1MiB", **options).report(link=False).because == "", "there is no checkpoint"
+
+
+@pytest.mark.parametrize("mode", ["map", "copy", "auto"])
+def test_a_file_that_has_to_be_cast(mode: Any, device: str, tmp_path: Path) -> None:
+    reference = Tower(2).half()
+    path = saved(tmp_path, reference)
+    with torch.device("meta"):
+        tower = Tower(2)
+    with pytest.raises(CheckpointError, match=r'HostStore\.copy_of, cast .* mode="copy"'):
+        offload_(tower, "1MiB", device=device, checkpoint=path, mode=mode)
+    assert all(parameter.is_meta for parameter in tower.parameters())
+    with HostStore.copy_of(path, device="cpu") as store:  # what it says to do
+        cast = {name: torch.from_dlpack(store.host_view(name)).float() for name in store}
+    offload_(tower, "1MiB", device=device, checkpoint=cast)
+    for name, tensor in reference.state_dict().items():
+        assert same(tower.state_dict()[name].cpu(), tensor.float()), name
 
 
 GROWTH = """

@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -156,3 +159,44 @@ def test_the_command(tmp_path: Path, rng: Any, capsys: pytest.CaptureFixture[str
     assert main(["open", str(tmp_path / "none"), "--device", "cpu"]) == 2
     assert main(["open", str(target), "--device", "cpu", "--host-budget", "1"]) == 1
     assert "host_budget is 1 bytes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_a_command_that_is_ended_leaves_one_line_and_no_file(
+    number: signal.Signals, code: int, word: str, tmp_path: Path, rng: Any
+) -> None:
+    safetensors_numpy.save_file(tensors_of(rng), tmp_path / "in.safetensors")
+    program = """
+import signal, sys, time
+from dlpoffload.checkpoint.shard import Shard
+from dlpoffload.cli import main
+
+def read(*_):
+    print("half", flush=True)
+    time.sleep(60)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored if in the background
+Shard.read = read
+sys.exit(main(["align", *sys.argv[1:]]))
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(dlpo.__file__).parents[1])}
+    command = [sys.executable, "-c", program, str(tmp_path / "in.safetensors"), str(tmp_path / "out.safetensors")]
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "half\n"
+        assert len(list(tmp_path.iterdir())) == 2, "the file that is being written"
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == code, errors
+    assert errors == f"dlpoffload align: {word}\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["in.safetensors"]
+
+
+def test_a_command_leaves_signals_as_they_were(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["align", str(tmp_path / "no"), str(tmp_path / "out")]) == 2
+    assert signal.getsignal(signal.SIGTERM) is before

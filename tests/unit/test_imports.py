@@ -37,7 +37,7 @@ ADAPTER = MEMORY | {"slab", "checkpoint", "store", "planning", "reporting", "tra
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "seals": set(),
-    "closing": set(),
+    "closing": {"errors"},
     "spec": {"errors"},
     "limits": VALUES,
     "maps": VALUES,

@@ -232,6 +232,52 @@ def test_populate_for_reading(native: ModuleType, file: tuple[int, Path], thread
     assert caught.value.errno == errno.EFAULT, "and no SIGBUS"
 
 
+def test_a_mapped_file_is_shared_and_read_only_and_keeps_no_descriptor(native: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(PAGE) + bytes(range(256)) * (2 * PAGE // 256))
+    with path.open("r+b") as opened:
+        before = len(os.listdir("/proc/self/fd"))
+        address = native.map_file(opened.fileno(), PAGE, PAGE + 5)
+        assert len(os.listdir("/proc/self/fd")) == before
+        assert bytes(bytes_at(address, PAGE + 5)) == path.read_bytes()[PAGE : 2 * PAGE + 5]
+        os.pwrite(opened.fileno(), b"new", PAGE)
+    assert bytes(bytes_at(address, 3)) == b"new", "the file's own pages, also when it is closed"
+    smaps = mapping_at(address)
+    assert smaps is not None
+    assert smaps["mode"] == "r--s"
+    native.unmap(address, PAGE + 5)
+    assert mapping_at(address) is None
+
+
+@pytest.mark.parametrize(
+    ("descriptor", "byte_offset", "nbytes", "error"),
+    [
+        (1 << 20, 0, PAGE, errno.EBADF),
+        (None, 1, PAGE, errno.EINVAL),
+        (None, 0, 0, errno.EINVAL),
+        (None, 0, 1 << 62, errno.ENOMEM),
+        (-1, 0, PAGE, OverflowError),
+        (1 << 31, 0, PAGE, OverflowError),
+        (None, -1, PAGE, OverflowError),
+        (None, 1 << 63, PAGE, OverflowError),
+        (None, 0, -1, OverflowError),
+        ("0", 0, PAGE, TypeError),
+        (None, 0.0, PAGE, TypeError),
+    ],
+)
+def test_a_file_that_cannot_be_mapped(
+    native: ModuleType, tmp_path: Path, descriptor: Any, byte_offset: Any, nbytes: Any, error: Any
+) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(PAGE))
+    with path.open("rb") as opened:
+        at = opened.fileno() if descriptor is None else descriptor
+        with pytest.raises(OSError if isinstance(error, int) else error) as caught:
+            native.map_file(at, byte_offset, nbytes)
+    if isinstance(error, int):
+        assert caught.value.errno == error
+
+
 @pytest.mark.skipif(not Path("/sys/devices/system/node/node0").exists(), reason="needs NUMA nodes")
 def test_pages_are_preferred_from_a_node(native: ModuleType) -> None:
     with mapped(native, 3 * PAGE + 1) as address:

@@ -336,6 +336,22 @@ def checkpoint(path: Path, rng: Any) -> dict[str, Any]:
     return tensors
 
 
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("at", [4 * MIB, 12 * MIB], ids=["in the middle", "at the end"])
+def test_an_interrupt_in_progress_is_raised_by_wait(kind: type[BaseException], at: int) -> None:
+    def stop(done: int, total: int) -> None:
+        if done == at:
+            raise kind
+
+    with HostBuffer.allocate(12 * MIB, device="cpu", background=True, chunk_nbytes=4 * MIB, progress=stop) as buffer:
+        assert buffer.pinning is not None
+        with pytest.raises(kind) as caught:
+            buffer.pinning.wait(timeout_s=20)
+        assert buffer.pinning.state == "failed"
+        assert buffer.pinning.done_nbytes == at
+        assert "while pinning in the background" in caught.value.__notes__[0]
+
+
 @pytest.mark.parametrize("way", ["copy_of", "map_file"])
 def test_a_checkpoint_in_the_background(slow: Slow, tmp_path: Path, rng: Any, way: str) -> None:
     tensors = checkpoint(tmp_path / "x.safetensors", rng)
@@ -502,6 +518,27 @@ def test_host_budget_bounds_the_hugetlb_pool_and_free_memory_does_not(monkeypatc
         monkeypatch.setattr(pinned, "pool_nbytes", lambda free=free: free)
         with nullcontext() if fits else pytest.raises(HostMemoryError):
             HostStore.copy_of(tensors, device="cpu", huge_pages="hugetlb").close()
+
+
+@pytest.mark.parametrize("node", [0.0, True, "0", 1 << 70, -1])
+def test_a_node_that_is_none(node: Any) -> None:
+    with pytest.raises(SpecError, match="numa_node="):
+        HostBuffer.allocate(5000, device="cpu", numa_node=node)
+
+
+@pytest.mark.parametrize("nbytes", [1 << 66, 1 << 63, (1 << 63) - 1, 1 << 62])
+def test_sizes_and_budgets_above_all_memory(nbytes: int) -> None:
+    many = TensorSpec(((1 << 63) - 1,), "complex128")
+    for options in ({}, {"pinned": False}, {"host_budget": (1 << 63) - 1}):
+        with pytest.raises(HostMemoryError):
+            HostBuffer.allocate(nbytes, device="cpu", **options)
+        with pytest.raises(HostMemoryError):
+            HostStore.allocate({"w": many}, device="cpu", **options).host_view("w")
+    if nbytes >> 63:
+        with pytest.raises(SpecError, match="host_budget="):
+            HostBuffer.allocate(nbytes, device="cpu", host_budget=nbytes)
+        with pytest.raises(SpecError, match="host_budget="):
+            HostStore.allocate({"w": many}, device="cpu", host_budget=nbytes)
 
 
 def test_pageable_memory_does_not_count_pinned_pages_of_files_as_free(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import fcntl
 import gc
 import hashlib
@@ -10,6 +11,7 @@ import json
 import mmap
 import multiprocessing
 import os
+import pickle
 import re
 import signal
 import socket
@@ -19,13 +21,24 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
 import pytest
 from spawned import answer_with_w
 
-from dlpoffload import HostStore, SlotRing, TensorSpec, memfile, open_shared, pinned_nbytes, share
+from dlpoffload import (
+    DeviceBuffer,
+    HostBuffer,
+    HostStore,
+    SlotRing,
+    TensorSpec,
+    memfile,
+    open_shared,
+    pinned_nbytes,
+    share,
+)
 from dlpoffload.checkpoint import narrow
 from dlpoffload.driver import open_driver
 from dlpoffload.errors import AliasError, CheckpointError, HostMemoryError, OffloadError, SpecError
@@ -578,6 +591,22 @@ def header(end: int) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
+@pytest.mark.parametrize("how", [pickle.dumps, ForkingPickler.dumps, copy.copy, copy.deepcopy])
+def test_what_cannot_be_pickled_says_how_it_is_shared(how: Callable[[Any], Any], name: str, device: str) -> None:
+    tensors = {"w": b"1234"}
+    with (
+        share(tensors, name) as checkpoint,
+        HostStore.map_file(checkpoint.path, device=device) as mapped,
+        HostStore.copy_of(tensors, device=device) as copied,
+        HostBuffer.allocate(64, device=device) as host,
+        DeviceBuffer.allocate(64, device=device) as on_device,
+    ):
+        for thing in (checkpoint, mapped, copied, host, on_device):
+            with pytest.raises(OffloadError, match=r"share.*open_shared\(name\)") as caught:
+                how(thing)
+            assert type(caught.value) is OffloadError
+
+
 @pytest.mark.parametrize("lacking", ["F_SEAL_SHRINK", "F_SEAL_GROW", "F_SEAL_WRITE"])
 def test_bytes_that_are_not_sealed_in_every_way_are_refused(lacking: str) -> None:
     some = SEALS & ~getattr(fcntl, lacking)
@@ -681,17 +710,30 @@ def test_arguments_that_mean_nothing_are_refused_and_leave_no_name(name: str, tm
         ({"w": object()}, {}, SpecError, 'tensor "w"'),
         ({"w": b"1"}, {"specs": spec}, SpecError, "say how to read a checkpoint"),
         (7, {}, SpecError, "not a int"),
+        ({"\ud800": b"1"}, {}, SpecError, "UTF-8 has not; rename it"),
+        ({"__metadata__": b"1"}, {}, SpecError, "another part of the header; rename it"),
+        ({5: b"1"}, {}, SpecError, "no tensor can be called 5"),
         (tmp_path, {"recipe": {"w": "w"}}, SpecError, "pass specs="),
         (tmp_path, {"specs": {"v": spec["w"]}}, CheckpointError, '"v" is missing'),
         (tmp_path / "nothing", {}, CheckpointError, "cannot be opened"),
     ]
     for source, options, kind, message in wrong:
         with pytest.raises(kind, match=message):
-            share(source, name, **options)
+            share(source, name, **options, progress=lambda *_: pytest.fail("it was filled"))
         assert not is_named(name)
-    for bad in ("", "a/b", "a\0b", "x" * 200):
+    bad: Any
+    for bad in ("", "a/b", "a\0b", "x" * 200, "\ud800", 5, b"x", None):
         with pytest.raises(SpecError, match="no name to share under"):
             share({"w": b"1"}, bad)
+    for bad in (float("nan"), float("inf"), -1, 1e10, True, "1", None):
+        with pytest.raises(SpecError, match="timeout_s="):
+            open_shared(name, timeout_s=bad)
+    for bad in (b"x", None, 1.0, True):
+        with pytest.raises(SpecError, match="a name, a path or a descriptor"):
+            open_shared(bad)
+    for bad in ("/a\0b", "/\ud800"):
+        with pytest.raises(SpecError, match="is no path"):
+            open_shared(bad)
     with share({"w": b"1"}, name), pytest.raises(CheckpointError, match="another process shares that name already"):
         share({"w": b"1"}, name)
 

@@ -197,7 +197,7 @@ def test_byte_counts_are_read(text: int | str, nbytes: int) -> None:
     assert parse_nbytes(text) == nbytes
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "-1", "1e9", "1,5GB", "20 G", "20 Gb/s", "0x10", "inf"])
+@pytest.mark.parametrize("text", ["", "GiB", "-1", "1e9", "1,5GB", "20 G", "20 Gb/s", "0x10", "inf", "9" * 5000])
 def test_text_that_is_no_byte_count_is_refused_with_the_units(text: str) -> None:
     with pytest.raises(SpecError, match=r"KiB, MiB, GiB, TiB \(powers of 1024\)"):
         parse_nbytes(text, "device_budget")
@@ -207,6 +207,15 @@ def test_text_that_is_no_byte_count_is_refused_with_the_units(text: str) -> None
 def test_what_is_no_number_of_bytes_is_refused(what: Any) -> None:
     with pytest.raises(SpecError, match="device_budget="):
         parse_nbytes(what, "device_budget")
+
+
+@pytest.mark.parametrize(
+    "what", [1 << 101, 10**5000, -(10**5000), "9" * 1000 + "GB"], ids=["2^101", "more", "less", "text"]
+)
+def test_a_count_that_no_memory_has_is_refused(what: Any) -> None:
+    with pytest.raises(SpecError, match=r"device_budget has \d+ bits"):
+        parse_nbytes(what, "device_budget")
+    assert parse_nbytes(1 << 100) == 1 << 100
 
 
 def test_a_negative_count_is_refused() -> None:

@@ -6,6 +6,7 @@ import gc
 import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from difflib import get_close_matches
 from itertools import permutations
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -626,3 +627,27 @@ def test_memoryviews_allocate_what_is_asked_for() -> None:
         assert store.host_nbytes == 512 + 300
         assert store.host_view("b").memoryview()[0] == 7
         assert [starts for _, starts in store.memoryviews()] == [{"a": 0, "b": 512}, {"c": 0}]
+
+
+@pytest.mark.parametrize(
+    "mistyped",
+    [
+        "layers.12345.mlp.w.wieght",
+        "lyaers.12345.mlp.w.weight",
+        "layers.12345.mpl.w.weight",
+        "model.layers.12345.mlp.w.weight",
+        "layers.12345.mlp.w",
+    ],
+)
+def test_a_mistyped_name_among_many_is_compared_with_few(mistyped: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[int] = []
+
+    def counted(word: str, possibilities: Any, **options: Any) -> list[str]:
+        candidates = list(possibilities)
+        compared.append(len(candidates))
+        return get_close_matches(word, candidates, **options)
+
+    monkeypatch.setattr("difflib.get_close_matches", counted)
+    names = [f"layers.{at}.mlp.w.weight" for at in range(20_000)]
+    assert "'layers.12345.mlp.w.weight'" in layout.near_to(mistyped, names)
+    assert compared[0] < 1000

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,6 +33,7 @@ from dlpoffload import (
     lifetime,
     live_buffers,
     pinned_nbytes,
+    registrations,
 )
 from dlpoffload.driver import installed, open_driver
 from dlpoffload.driver.cpu import CpuDriver
@@ -396,8 +397,6 @@ def test_what_stays_registered_is_not_unmapped(
         HostStore.map_file(path, device="cpu")
     assert "model.safetensors" in Path("/proc/self/maps").read_text(), "registered memory was unmapped"
     # What a process would keep for good; the tests that follow start without it.
-    from dlpoffload import registrations
-
     driver.keep = False
     with lifetime.lock:
         for registration in [r for r in registrations.registrations.ranges if r.driver is driver]:
@@ -486,6 +485,46 @@ def test_too_many_open_files(tmp_path: Path) -> None:
             assert len(os.listdir("/proc/self/fd")) == len(before)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_file_that_is_mapped_twice_is_charged_twice(file: tuple[Path, dict[str, Any]]) -> None:
+    path, _ = file
+    before = registrations.pinned_file_nbytes()
+    with HostStore.map_file(path, device="cpu"):
+        once = registrations.pinned_file_nbytes() - before
+        with HostStore.map_file(path, device="cpu"):
+            assert registrations.pinned_file_nbytes() - before == 2 * once > 0
+    assert registrations.pinned_file_nbytes() == before
+
+
+def test_chunks_need_no_descriptors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_CHUNK_NBYTES", PAGE)
+    tensors = {f"w{at}": np.full(PAGE, at, np.uint8) for at in range(64)}
+    path = tmp_path / "x.safetensors"
+    safetensors_numpy.save_file(tensors, path)
+    HostStore.map_file(path, device="cpu").close()  # whatever is opened once and for all
+    before = len(os.listdir("/proc/self/fd"))
+    with HostStore.map_file(path, device="cpu") as store:
+        assert len(store._homes) == 64
+        assert len(os.listdir("/proc/self/fd")) == before + 1, "the file's own, and none for its mappings"
+        assert stored(store) == raw(tensors)
+        for name in tensors:
+            store.copy_out(name)
+    assert "x.safetensors" not in Path("/proc/self/maps").read_text()
+
+
+def test_what_is_not_populated_is_not_left_mapped(
+    file: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, _ = file
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_native, "populate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        HostStore.map_file(path, device="cpu")
+    assert "model.safetensors" not in Path("/proc/self/maps").read_text(), "and the error holds its frames still"
 
 
 def test_no_permission(file: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
@@ -636,8 +675,55 @@ def test_a_file_that_is_replaced_stays_as_it_was(file: tuple[Path, dict[str, Any
 def test_a_file_that_is_cut_off_before_it_is_mapped(tmp_path: Path, rng: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_at(tmp_path / "x.safetensors", random_tensors(rng, {"a": (4 * PAGE,)}))
     monkeypatch.setattr("dlpoffload.checkpoint.shard.Watch.check_unchanged", lambda self: os.truncate(path, PAGE))
-    with pytest.raises(RegistrationError, match=r"x\.safetensors"):
+    with pytest.raises(RegistrationError, match=rf'x\.safetensors" ends at byte {PAGE}.*fetch it again'):
         HostStore.map_file(path, device="cpu")
+
+
+@pytest.fixture
+def full_tmpfs(tmp_path: Path) -> Iterator[Path]:
+    """A tmpfs of eight pages."""
+    folder = tmp_path / "tmpfs"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={8 * PAGE}", "tmpfs", str(folder)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("may not mount")
+    yield folder
+    gc.collect()
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_holes_of_a_file_on_a_full_disk_are_read(full_tmpfs: Path) -> None:
+    path = write_at(full_tmpfs / "x.safetensors", {"w": np.zeros(4 * PAGE, np.uint8)})
+    whole = path.read_bytes()
+    with path.open("wb") as opened:
+        opened.write(whole[:PAGE])
+        opened.truncate(len(whole))
+    with suppress(OSError):
+        (full_tmpfs / "more").write_bytes(bytes(8 * PAGE))
+    check_copied(path, 4 * PAGE)
+
+
+def test_pages_that_cannot_be_had_where_they_are_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_at(tmp_path / "x.safetensors", {"w": np.zeros(4 * PAGE, np.uint8)})
+
+    def refused(*_: Any, write: bool = True) -> None:
+        if not write:
+            raise OSError(errno.EFAULT, os.strerror(errno.EFAULT))
+
+    monkeypatch.setattr(_native, "populate", refused)
+    check_copied(path, 4 * PAGE)
+
+
+def check_copied(path: Path, nbytes: int) -> None:
+    """It cannot be mapped, and what the error says to do works."""
+    with pytest.raises(RegistrationError, match=r"x\.safetensors.*HostStore\.copy_of") as caught:
+        HostStore.map_file(path, device="cpu")
+    assert "fetch it again" not in str(caught.value)
+    with HostStore.copy_of(path, device="cpu") as store:
+        assert stored(store) == {"w": bytes(nbytes)}
+    with HostStore.open(path, device="cpu") as store:
+        assert store.mode == "copy"
+        assert "holes" in store.because
 
 
 # ------------------------------------------------------------------------------------------------- writes
