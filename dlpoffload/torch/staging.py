@@ -20,6 +20,7 @@ from ..errors import AliasError, SlotError
 from ..transfer import Lease, Prefetcher
 from .backward import BackwardStager
 from .casts import casts_forgotten
+from .codes import SharedCodes, compiled_of
 from .compiling import border, uncompiled
 from .gradients import guard_outputs, refuse_gradients
 from .guarded import expose
@@ -43,6 +44,11 @@ class StagedForward(WrappedForward):
         super().__init__(module)
         self.stager = stager
         self.unit = unit
+
+    def install(self) -> None:
+        """As of `WrappedForward`."""
+        super().install()
+        self.shared = self.stager.codes.add(self)
 
     @border
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -73,6 +79,8 @@ class StagedForward(WrappedForward):
                 "object that is returned, the ctx of a Function); its bytes become another unit's. clone() what is "
                 "kept, use save_for_backward, or place that unit on the device"
             )
+        if (shared := self.shared) is not None and len(compiled_of(shared.code)) != shared.compiled:
+            self.shared = shared if shared.look(self) else None
         if torch.is_grad_enabled():
             guard_outputs(output, unit.named())
         return output
@@ -96,6 +104,7 @@ class Stager:
         self._storages = [slot.untyped_storage() for slot in slots]
         self.backward = BackwardStager(self.ring, slots, device)
         self.aliased_outputs = 0
+        self.codes = SharedCodes()
         self.homes = homes
         self.copied_out = out
         self.units: dict[str, StagedUnit] = {}
@@ -377,4 +386,5 @@ class Stager:
             self.units.clear()
             self._unit_of.clear()
             self.slots.clear()
+            self.codes.clear()
             self._storages.clear()
