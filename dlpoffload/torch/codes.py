@@ -13,7 +13,7 @@ import types
 from collections.abc import Hashable, Iterator
 from itertools import count
 from typing import Final, cast
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import nn
@@ -46,12 +46,12 @@ class SharedCode:
     def __init__(self, code: types.CodeType) -> None:
         self.code = code
         self.compiled = len(compiled_of(code))
-        self._forwards: list[WrappedForward] = []
+        self._forwards: WeakSet[WrappedForward] = WeakSet()  # each holds this one
         self._makes: list[Hashable] = []
 
     def add(self, forward: WrappedForward) -> bool:
         """Take in a forward that has this code; False if it was parted already, and this one got a copy."""
-        self._forwards.append(forward)
+        self._forwards.add(forward)
         if self.code in _PARTED:
             self._part(forward)
         return self.code not in _PARTED
@@ -69,8 +69,9 @@ class SharedCode:
                 _PARTED[self.code] = {self._makes[0]: None}
         if self.code not in _PARTED:
             return True
-        while self._forwards:
-            self._part(self._forwards.pop())
+        for each in list(self._forwards):
+            self._part(each)
+        self._forwards.clear()
         return False
 
     def _part(self, forward: WrappedForward) -> None:
@@ -98,10 +99,6 @@ class SharedCodes:
             return None
         shared = self._codes.setdefault(id(function.__code__), SharedCode(function.__code__))
         return shared if shared.add(forward) else None
-
-    def clear(self) -> None:
-        """Let go of the forwards."""
-        self._codes.clear()
 
 
 def _function_of(forward: WrappedForward) -> types.FunctionType | None:
