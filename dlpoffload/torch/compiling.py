@@ -1,6 +1,7 @@
 """What `torch.compile` makes of an offloaded module: each unit's own forward compiled, what is around it run as it is.
 
 The graph breaks at a unit's border. One compiled code serves all units of one make: where the weights are is no guard.
+Units that differ in what Dynamo guards get code of their own, see `codes`.
 """
 
 from __future__ import annotations

@@ -20,13 +20,15 @@ from ..errors import AliasError, SlotError
 from ..transfer import Lease, Prefetcher
 from .backward import BackwardStager
 from .casts import casts_forgotten
+from .codes import SharedCodes, compiled_of
 from .compiling import border, uncompiled
 from .gradients import guard_outputs, refuse_gradients
 from .guarded import expose
 from .moved import CopiedOut, move_out, move_written
 from .outputs import detached_from
 from .saved import saved_outside
-from .tensors import copy_elements, current_stream, host_copy_of, place_of, tensor_in
+from .slots import data_in, users_of
+from .tensors import copy_elements, current_stream, host_copy_of, place_of
 from .traced import refuse_tracing, said_of_hooks
 from .tree import Member
 from .units import Data, StagedMember, StagedUnit, home_tensor
@@ -43,6 +45,11 @@ class StagedForward(WrappedForward):
         super().__init__(module)
         self.stager = stager
         self.unit = unit
+
+    def install(self) -> None:
+        """As of `WrappedForward`."""
+        super().install()
+        self.shared = self.stager.codes.add(self)
 
     @border
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -76,6 +83,8 @@ class StagedForward(WrappedForward):
                 "object that is returned, the ctx of a Function); its bytes become another unit's. clone() what is "
                 "kept, use save_for_backward, or place that unit on the device"
             )
+        if (shared := self.shared) is not None and len(compiled_of(shared.code)) != shared.compiled:
+            self.shared = shared if shared.look(self) else None
         if torch.is_grad_enabled():
             guard_outputs(output, unit.named())
         return output
@@ -96,9 +105,9 @@ class Stager:
         self.ring = prefetcher.ring
         self.device = device
         self.slots = slots
-        self._storages = [slot.untyped_storage() for slot in slots]
         self.backward = BackwardStager(self.ring, slots, device)
         self.aliased_outputs = 0
+        self.codes = SharedCodes()
         self.homes = homes
         self.copied_out = out
         self.units: dict[str, StagedUnit] = {}
@@ -136,7 +145,7 @@ class Stager:
             lease = self.prefetcher.enter(unit.name, stream=stream)
             if lease.slot is not None:
                 data = self._data(unit, lease.slot.index)
-                unit.users = self._users(lease)
+                unit.users = users_of(data)
                 unit.point(data)
                 staged = True
             return lease
@@ -167,24 +176,18 @@ class Stager:
                 self.prefetcher.leave(lease)
             return escaped
 
-    def _users(self, lease: Lease) -> int:
-        """How many tensors, and whatever else, refer to the memory of a lease's slot."""
-        assert lease.slot is not None
-        return int(torch._C._storage_Use_Count(self._storages[lease.slot.index]._cdata))
-
     def _escaped(self, unit: StagedUnit, lease: Lease) -> bool:
-        if self._users(lease) <= unit.users:
+        assert lease.slot is not None
+        data = self._data(unit, lease.slot.index)
+        if users_of(data) <= unit.users:
             return False
         gc.collect()  # a cycle that the forward left behind keeps nothing that anybody can reach
-        return self._users(lease) > unit.users
+        return users_of(data) > unit.users
 
     def _data(self, unit: StagedUnit, index: int) -> Data:
         data = unit.slot_data.get(index)
         if data is None:
-            slot = self.slots[index]
-            with torch.inference_mode(False), torch.no_grad():
-                data = Data(tensor_in(slot, staged.slab_offset, staged.member.spec) for staged in unit.members)
-            unit.slot_data[index] = data
+            data = unit.slot_data[index] = data_in(self.slots[index], unit.members)
         return data
 
     def look_over(self, unit: StagedUnit) -> None:
@@ -380,4 +383,3 @@ class Stager:
             self.units.clear()
             self._unit_of.clear()
             self.slots.clear()
-            self._storages.clear()

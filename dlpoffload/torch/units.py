@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -63,6 +63,11 @@ class StagedMember:
         self.keepers = tuple(module for module, attribute, _ in places if attribute in module._buffers)
 
     @property
+    def is_buffer(self) -> bool:
+        """Whether a module has it, or what it is inside of, as a buffer."""
+        return any(attribute.split(".")[0] in module._buffers for module, attribute, _ in self.member.places)
+
+    @property
     def at_home(self) -> bool:
         """Whether the tensor has the bytes that we gave it between uses."""
         return place_of(self.tensor) == self.home_place
@@ -93,14 +98,18 @@ class Data:
         Of these tensors, which never change.
     addresses : list of int
         Of their first elements, looked at whenever the unit is entered or left.
+    storages : list of int
+        What torch knows all storages of a slot by in which these tensors may lie; of homes none.
     """
 
-    __slots__ = ("addresses", "places", "tensors")
+    __slots__ = ("_kept", "addresses", "places", "storages", "tensors")
 
-    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+    def __init__(self, tensors: Iterable[torch.Tensor], storages: Sequence[torch.UntypedStorage] = ()) -> None:
         self.tensors = list(tensors)
         self.places: list[Place] = [place_of(tensor) for tensor in self.tensors]
         self.addresses = [place[0] for place in self.places]
+        self._kept = tuple(storages)
+        self.storages = [storage._cdata for storage in storages]
 
     def replace(self, index: int, tensor: torch.Tensor) -> None:
         """Put another tensor in the place of one."""

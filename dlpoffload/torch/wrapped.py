@@ -51,7 +51,7 @@ class WrappedForward:
     @property
     def __code__(self) -> Any:
         # torch.export asks a forward for it.
-        return cast(Any, inspect.unwrap(self.inner)).__code__
+        return cast(Any, inspect.unwrap(cast(Any, self).__wrapped__)).__code__
 
     def install(self, gate: Gate) -> None:
         """Take the place of the module's forward as it is now, or act again inside of what somebody wrapped around."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -277,3 +279,140 @@ def test_a_broken_unit_is_left(device: str) -> None:
                 assert same(fast(module, vector(rows, device, rows)), step(reference, vector(rows, device, rows)))
     assert_used(handle, "staged")
     handle.restore_()  # nothing is left entered
+
+
+class Numbered(nn.Module):
+    """A layer whose forward reads a plain value, which Dynamo guards."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__()
+        self.index = index
+        self.linear = nn.Linear(48, 48)
+
+    def forward(self, x: Tensor, *, scale: float = 0.5) -> Tensor:
+        return torch.tanh(self.linear(x)) * scale + self.index
+
+
+def numbered(makes: int) -> nn.ModuleDict:
+    torch.manual_seed(0)
+    layers = nn.Sequential(*(Numbered(index % makes) for index in range(12)))
+    return nn.ModuleDict({"layers": layers}).requires_grad_(False)
+
+
+@pytest.fixture
+def strict() -> Iterator[None]:
+    """What meets the limit of recompilations raises instead of running uncompiled."""
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        yield
+
+
+@pytest.mark.usefixtures("strict")
+@pytest.mark.parametrize(("makes", "most"), [(1, 1), (2, 2), (6, 6 + 2), (12, 12 + 2)])
+def test_each_make_has_code_of_its_own(device: str, makes: int, most: int) -> None:
+    """Two makes share one. Of more, the second and the third are compiled once more, after the third parted them."""
+    for _ in range(2):  # the second model finds the code parted already
+        module = numbered(makes)
+        reference = copy.deepcopy(module).to(device)
+        handle = offload(module, device, "staged")
+        fast, counter = compiled(module["layers"])
+        counts = []
+        with torch.no_grad():
+            for seed in range(3):
+                assert same(fast(vector(seed, device)), reference["layers"](vector(seed, device)))
+                counts.append(counter.frame_count)
+            assert counts[-1] == counts[1] <= most
+            assert_used(handle, "staged")
+            handle.restore_()
+
+
+@pytest.mark.usefixtures("strict")
+def test_code_of_its_own_is_seen_by_nobody(device: str) -> None:
+    module = numbered(12)
+    reference = copy.deepcopy(module).to(device)
+    handle = offload(module, device, "staged")
+    layers = list(module["layers"])
+    fast, _ = compiled(module["layers"])
+    with torch.no_grad():
+        for seed in range(2):
+            fast(vector(seed, device))
+        codes = {inspect.unwrap(layer.forward.inner).__func__.__code__ for layer in layers}
+        assert len(codes) == 12
+        for layer in layers:
+            assert inspect.signature(layer.forward) == inspect.signature(Numbered(0).forward)
+            assert layer.forward.__code__ is Numbered.forward.__code__
+        handle.refresh_()
+        assert same(fast(vector(2, device)), reference["layers"](vector(2, device)))
+        twin = copy.deepcopy(module)
+        assert all(layer.forward.inner.__self__ is layer for layer in twin["layers"])
+        assert same(twin["layers"](vector(3, device)), reference["layers"](vector(3, device)))
+        handle.restore_()
+        assert not any("forward" in layer.__dict__ for layer in layers)
+        assert layers[7].forward.__func__ is Numbered.forward
+        assert same(module["layers"](vector(4, device)), reference["layers"](vector(4, device)))
+
+
+def test_what_is_no_plain_method_keeps_its_code(device: str) -> None:
+    """Somebody's wrapper is called, not a copy of what is inside of it."""
+    module = numbered(12)
+    called: list[int] = []
+
+    def wrapped(layer: nn.Module, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        @functools.wraps(forward)
+        def around(*args: Any, **kwargs: Any) -> Tensor:
+            called.append(layer.index)
+            return forward(*args, **kwargs)
+
+        return around
+
+    reference = copy.deepcopy(module).to(device)
+    for layer in module["layers"]:
+        layer.forward = wrapped(layer, layer.forward)
+    handle = offload(module, device, "staged")
+    layer = module["layers"][5]
+    layer.forward = wrapped(layer, layer.forward)  # and one around ours
+    with torch.no_grad():
+        for seed in range(3):
+            called.clear()
+            assert same(module["layers"](vector(seed, device)), reference["layers"](vector(seed, device)))
+            assert called == [0, 1, 2, 3, 4, 5, 5, 6, 7, 8, 9, 10, 11]
+        fast, _ = compiled(module["layers"])
+        for seed in range(3):
+            assert same(fast(vector(seed, device)), reference["layers"](vector(seed, device)))
+    assert_used(handle, "staged")
+
+
+@pytest.mark.usefixtures("strict")
+def test_twelve_layers_with_a_static_cache(device: str) -> None:
+    """Each layer finds its cache by its index. Another length of prompts is one more kind of step."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=12,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        attn_implementation="eager",  # sdpa is called without a mask where nothing is traced
+    )
+    torch.manual_seed(0)
+    module = transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
+    reference = copy.deepcopy(module).to(device)
+    handle = offload_(module, "16MiB", device=device, policy=all_staged, units=["model.layers.*"])
+    fast, counter = compiled(module, "eager")
+    counts = []
+    for prompt in (5, 8):
+        caches = [transformers.StaticCache(config=config, max_cache_len=16) for _ in range(2)]
+        tokens = torch.arange(prompt, device=device)[None]
+        with torch.no_grad():
+            for step in range(4):
+                given = tokens if step == 0 else torch.tensor([[step]], device=device)
+                found, wanted = (
+                    model(given, past_key_values=cache).logits
+                    for model, cache in zip((fast, reference), caches, strict=True)
+                )
+                assert same(found, wanted)
+                counts.append(counter.frame_count)
+    assert counts[1] == counts[3]
+    assert counts[5] == counts[7]
+    assert_used(handle, "staged")
