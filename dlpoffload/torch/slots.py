@@ -45,10 +45,3 @@ def data_in(slot: torch.Tensor, members: Sequence[StagedMember]) -> Data:
 def users_of(data: Data) -> int:
     """How many tensors, and whatever else, refer to the storages of a unit's tensors in a slot, and to the slot's."""
     return sum(int(torch._C._storage_Use_Count(storage)) for storage in data.storages)
-
-
-def _with_own_storage(slot: torch.Tensor, members: Sequence[StagedMember]) -> tuple[torch.Tensor, int]:
-    """The bytes of some members in a storage of its own, and where in the slot that begins."""
-    start = min(staged.slab_offset for staged in members)
-    stop = max(staged.slab_offset + staged.member.spec.nbytes for staged in members)
-    return from_dlpack(torch._C._to_dlpack(slot[start:stop])), start

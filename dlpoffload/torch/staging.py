@@ -22,6 +22,7 @@ from .backward import BackwardStager
 from .casts import casts_forgotten
 from .codes import SharedCodes, compiled_of
 from .compiling import border, uncompiled
+from .gate import Gate
 from .gradients import guard_outputs, refuse_gradients
 from .guarded import expose
 from .moved import CopiedOut, move_out, move_written
@@ -46,9 +47,9 @@ class StagedForward(WrappedForward):
         self.stager = stager
         self.unit = unit
 
-    def install(self) -> None:
+    def put_over(self, inner: Callable[..., Any], before: Any, gate: Gate) -> None:
         """As of `WrappedForward`."""
-        super().install()
+        super().put_over(inner, before, gate)
         self.shared = self.stager.codes.add(self)
 
     @border
