@@ -141,6 +141,50 @@ def test_buffers_that_share_bytes_go_on_sharing_them(device: str, backend: str |
         assert same(found.to(device), wanted), name
 
 
+class OverlappingViews(nn.Module):
+    """Torch knows of two buffers that share bytes of what tensor they are views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        flat = torch.randn(2 * WIDTH)
+        self.register_buffer("front", flat[:WIDTH])
+        self.register_buffer("middle", flat[WIDTH // 2 :][:WIDTH])
+        self.writes = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.writes:
+            self.front.mul_(0.5)
+        return torch.tanh(x + self.front + self.middle)
+
+
+def test_a_write_that_is_lost_is_an_error(device: str) -> None:
+    """What torch compiles writes the tensor that they are views of, which is not in the slot."""
+    torch.manual_seed(2)
+    module = nn.Sequential(*(OverlappingViews() for _ in range(5)))
+    torch.manual_seed(2)
+    reference = nn.Sequential(*(OverlappingViews() for _ in range(5)))
+    handle = offload_(module, "1MiB", device=device, policy=all_staged, units=["*"])
+    fast = torch.compile(module, backend="aot_eager")
+
+    def check(run: Callable[[Tensor], Tensor], seed: int) -> None:
+        wanted = reference(vector(seed, "cpu"))
+        assert torch.allclose(run(vector(seed, device)).cpu(), wanted, atol=1e-6)
+
+    with torch.no_grad():
+        for seed in range(3):
+            check(module, seed)  # uncompiled nothing is lost
+        for layer in (*module, *reference):
+            layer.writes = False
+        for seed in range(3):
+            check(fast, seed)
+        module[0].writes = True
+        with pytest.raises(AliasError, match=r'"0\.front" shares its bytes .* is lost'):
+            fast(vector(0, device))
+        module[0].writes = False
+        check(module, 3)
+    assert handle.report(link=False).stats.mapped_runs == 0
+
+
 class Slices(nn.Module):
     """Keys and values are views of one tensor, whose base torch goes on knowing."""
 
