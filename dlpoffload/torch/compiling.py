@@ -1,7 +1,8 @@
 """What `torch.compile` makes of an offloaded module: each unit's own forward compiled, what is around it run as it is.
 
 The graph breaks at a unit's border. One compiled code serves all units of one make: where the weights are is no guard.
-Units that differ in what Dynamo guards get code of their own, see `codes`.
+Units that differ in what Dynamo guards get code of their own, see `codes`. A unit may write what it has in a slot, see
+`slots`.
 """
 
 from __future__ import annotations

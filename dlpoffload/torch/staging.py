@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._C._dynamo.eval_frame import get_eval_frame_callback as eval_frame
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import AliasError, SlotError
@@ -30,7 +31,7 @@ from .outputs import detached_from
 from .saved import saved_outside
 from .slots import data_in, users_of
 from .tensors import copy_elements, current_stream, host_copy_of, place_of
-from .traced import refuse_tracing, said_of_hooks
+from .traced import refuse_lost_writes, refuse_tracing, said_of_hooks
 from .tree import Member
 from .units import Data, StagedMember, StagedUnit, home_tensor
 from .watched import exchange_data, forget_given, plain_data, rewatch, was_read
@@ -72,6 +73,8 @@ class StagedForward(WrappedForward):
                     output = self.inner(*args, **kwargs)
                 output, found = detached_from(output, slot, unit.own)
                 stager.aliased_outputs += found
+            if unit.overlapping and eval_frame() is not None:
+                refuse_lost_writes(unit, mapped=lease.slot is None)
         except RuntimeError as error:
             if (said := said_of_hooks(unit.name, error)) is not error:
                 raise said from error

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Final, NoReturn
+from typing import TYPE_CHECKING, Final, NoReturn
 
 import torch
 
-from ..errors import OffloadError
+from ..errors import AliasError, OffloadError
+from .compiling import uncompiled
 
-__all__ = ["refuse_script", "refuse_tracing", "said_of_hooks"]
+if TYPE_CHECKING:
+    from .units import StagedUnit
+
+__all__ = ["refuse_lost_writes", "refuse_script", "refuse_tracing", "said_of_hooks"]
 
 _KEYS: Final = torch._C._TorchDispatchModeKey
 _MODES: Final = {
@@ -32,6 +36,24 @@ def refuse_tracing(unit: str) -> None:
         raise OffloadError(
             f'unit "{unit}" was called {how}, which would record a slot in the place of its weights; restore_() the '
             "module first, or trace the model before it is offloaded"
+        )
+
+
+@uncompiled
+def refuse_lost_writes(unit: StagedUnit, *, mapped: bool) -> None:
+    """Raise AliasError where a compiled forward wrote tensors that share bytes.
+
+    It writes the tensor of which torch knows them to be views, which is not what is in the slot. Where it ran over the
+    mapped bytes, it took them for two.
+    """
+    if not any(staged.was_written() for staged in unit.overlapping):
+        return
+    views = [staged.member.name for staged in unit.overlapping if mapped or staged.tensor._base is not None]
+    if views:
+        raise AliasError(
+            f'"{views[0]}" shares its bytes with others, and one of them was written inside of what torch.compile made '
+            f'of unit "{unit.name}": that write is lost. Keep that unit on the device (pattern_policy), compile it not '
+            "(torch.compiler.disable), or register what is written as a tensor of its own (clone())"
         )
 
 

@@ -132,6 +132,8 @@ class StagedUnit:
         Of the calls that are inside the unit's forward now; the first one's slot is where the parameters point.
     users : int
         What referred to the slot before the parameters did.
+    overlapping : list of StagedMember
+        Those that share bytes with another.
     """
 
     name: str
@@ -143,6 +145,7 @@ class StagedUnit:
     active: list[Lease] = field(default_factory=list)
     users: int = 0
     own: frozenset[int] = field(init=False)
+    overlapping: list[StagedMember] = field(init=False)
     homes: Data = field(init=False)
 
     def __post_init__(self) -> None:
@@ -150,6 +153,8 @@ class StagedUnit:
         self.own = frozenset(
             id(tensor) for staged in self.members for tensor in (staged.tensor, staged.member.of_module[1])
         )
+        entries = [staged.entry for staged in self.members]
+        self.overlapping = [staged for staged in self.members if entries.count(staged.entry) > 1]
 
     def named(self) -> list[tuple[str, torch.Tensor]]:
         """Name and tensor of what the module has, by which every member is reached."""
