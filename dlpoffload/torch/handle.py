@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -17,7 +17,7 @@ from ..lifetime import drain
 from ..planning import Plan
 from .copying import DeepCopy, refuse_copy, refuse_pickle
 from .gate import Gate
-from .installed import Installed, handle_of
+from .installed import Installed, handle_of, holding
 from .moved import copy_out, host_facts
 from .offloading import Offloading
 from .origin import Start
@@ -26,7 +26,7 @@ from .report import Report, link_of, snapshot
 from .subclasses import find, inner_tensors, wraps_others
 from .tensors import check_update, current_stream, overwrite
 from .tree import Entry, Member, parts_of
-from .wrapped import WrappedForward, exchange
+from .wrapped import WrappedForward
 
 __all__ = ["OffloadHandle"]
 
@@ -240,16 +240,15 @@ class OffloadHandle:
                 self._offloading.plan(self.module, pinned=former.pinned)
             former.retire()
             record, former.store = former.former(), None
-            self._held = self._installed.hold()
-            self._restored = True  # should memory be refused, that is the state that is left
-            try:
-                placed = self._offloading.place(self.module, record)
-            except BaseException:
-                former.undo()  # what had not been placed anew yet
-                exchange(self._held, [], self._gate)
-                raise
-            self._install(placed)
-            self._restored = False
+            with self._holding():
+                self._restored = True  # should memory be refused, that is the state that is left
+                try:
+                    placed = self._offloading.place(self.module, record)
+                except BaseException:
+                    former.undo()  # what had not been placed anew yet
+                    raise
+                self._install(placed)
+                self._restored = False
 
     # ---------------------------------------------------------------------------------- device memory
     def resize_(self, device_budget: int | str) -> None:
@@ -331,24 +330,27 @@ class OffloadHandle:
         """Place the module's tensors by another plan; by the present one again where memory is refused."""
         former = self._open()
         former.retire()
-        self._held = self._installed.hold()
-        self._restored = True
-        try:
-            placed = self._offloading.move(former, decided)
-        except BaseException as error:
-            # What had not moved yet is at home still: this takes no more than before, once what is new is let go of.
-            traceback.clear_frames(error.__traceback__)
-            drain()
-            placed = self._offloading.move_back(former, asleep=self.asleep)
-            self._install(placed, asleep=self.asleep)
+        with self._holding():
+            self._restored = True
+            try:
+                placed = self._offloading.move(former, decided)
+            except BaseException as error:
+                # What had not moved yet is at home still: it takes no more than before, once what is new is let go of.
+                traceback.clear_frames(error.__traceback__)
+                drain()
+                placed = self._offloading.move_back(former, asleep=self.asleep)
+                self._install(placed, asleep=self.asleep)
+                self._restored = False
+                raise
+            former.store = None
+            self._install(placed, asleep=asleep)
             self._restored = False
-            raise
-        former.store = None
-        self._install(placed, asleep=asleep)
-        self._restored = False
         drain()
         if placed.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _holding(self) -> AbstractContextManager[None]:
+        return holding(self._installed, self._held, self._gate)
 
     def _check_awake(self, what: str) -> None:
         if self.asleep:
@@ -381,9 +383,8 @@ class OffloadHandle:
         with self._lock, self._gate.moving("restored"):
             if not self._restored:
                 self._placed.retire()
-                held = self._installed.hold()
-                self._placed.undo()
-                exchange(held, [], self._gate)
+                with self._holding():
+                    self._placed.undo()
                 self._restored = True
                 self._awake = None
         return self.module

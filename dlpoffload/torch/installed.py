@@ -27,7 +27,7 @@ from .wrapped import HeldForward, SleepingForward, WrappedForward, exchange
 if TYPE_CHECKING:
     from .device_map import Parts
 
-__all__ = ["Installed", "InstalledOverParts", "handle_of"]
+__all__ = ["Installed", "InstalledOverParts", "handle_of", "holding"]
 
 _MARK = "_dlpoffload_handle"
 """The instance attribute by which a module knows its handle."""
@@ -117,6 +117,17 @@ class Installed:
         """
         with self._overrides.suspended():
             yield
+
+
+@contextmanager
+def holding(installed: Installed | InstalledOverParts, held: list[WrappedForward], gate: Gate) -> Iterator[None]:
+    """Take everything off for the length of a block, in which something else may be put in the place of `held`."""
+    held += installed.hold()
+    try:
+        yield
+    finally:
+        exchange(held, [], gate)
+        held.clear()
 
 
 class InstalledOverParts:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -21,12 +21,12 @@ from .copying import DeepCopy, refuse_copy, refuse_pickle
 from .device_map import Budgets, DeviceMap, Parts, by_device
 from .gate import Gate
 from .handle import OffloadHandle
-from .installed import InstalledOverParts, handle_of
+from .installed import InstalledOverParts, handle_of, holding
 from .loading import FromCheckpoint
 from .offloading import Offloading
 from .placed import Placed
 from .report import ByDevice, Report
-from .wrapped import WrappedForward, exchange
+from .wrapped import WrappedForward
 
 __all__ = ["SplitHandle"]
 
@@ -182,8 +182,7 @@ class SplitHandle:
             for device, handle in self._handles.items():
                 with _said_of(device):
                     ready[device].plan(parts.roots[device], pinned=handle._placed.pinned)
-            with self._closable():
-                self._held = self._installed.hold()
+            with self._closable(), self._holding():
                 try:
                     for device, handle in self._handles.items():
                         handle.module, handle._offloading = parts.roots[device], ready[device]
@@ -192,11 +191,10 @@ class SplitHandle:
                 except BaseException:
                     for handle in self._handles.values():
                         handle.restore_()
-                    exchange(self._held, [], self._gate)
                     self._restored = True
                     raise
-            self._parts = parts
-            self._install()
+                self._parts = parts
+                self._install()
 
     def _check_same(self, parts: Parts) -> None:
         for device, handle in self._handles.items():
@@ -274,11 +272,14 @@ class SplitHandle:
     @contextmanager
     def _changing(self) -> Iterator[None]:
         """Take off what holds the parts together for the length of a block."""
-        self._held = self._installed.hold()
-        try:
-            yield
-        finally:
-            self._install()
+        with self._holding():
+            try:
+                yield
+            finally:
+                self._install()
+
+    def _holding(self) -> AbstractContextManager[None]:
+        return holding(self._installed, self._held, self._gate)
 
     @contextmanager
     def _closable(self) -> Iterator[None]:
@@ -318,11 +319,9 @@ class SplitHandle:
         """
         with self._lock, self._gate.moving("restored"):
             if not self._restored:
-                with self._closable():
-                    held = self._installed.hold()
+                with self._closable(), self._holding():
                     for handle in self._handles.values():
                         handle.restore_()
-                    exchange(held, [], self._gate)
                 self._restored = True
         return self.module
 

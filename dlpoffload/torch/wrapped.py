@@ -98,7 +98,7 @@ class HeldForward(WrappedForward):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self.gate:
-            return self.passed_on(args, kwargs)
+            return self.inner(*args, **kwargs) if self.installed else self.passed_on(args, kwargs)
 
 
 def exchange(old: Sequence[WrappedForward], new: Sequence[WrappedForward], gate: Gate) -> None:

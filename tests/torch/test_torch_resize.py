@@ -296,6 +296,31 @@ def test_nothing_is_moved_under_the_call_of_another_thread(policy: Any, what: st
     check(module, reference, "cpu")
 
 
+@pytest.mark.parametrize("at", range(5))
+def test_a_restoring_that_memory_is_refused_for_leaves_nothing_behind(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, reference, handle = tower("cpu", "200KiB")
+    left = at
+    made = placed_module.empty_bytes
+
+    def refused(nbytes: int, device: Any) -> Tensor:
+        nonlocal left
+        if left == 0:
+            raise torch.OutOfMemoryError("refused")
+        left -= 1
+        return made(nbytes, device)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(placed_module, "empty_bytes", refused)
+        with pytest.raises(torch.OutOfMemoryError):
+            handle.restore_()
+    assert not [name for name, inside in module.named_modules() if "forward" in inside.__dict__]
+    check(module, reference, "cpu")
+    handle.restore_()
+    check(module, reference, "cpu")
+    offload_(module, "200KiB", device="cpu", units=["layers.*"])
+    check(module, reference, "cpu")
+
+
 @pytest.mark.parametrize("pageable", ["never", "always"])
 def test_calls_that_begin_while_tensors_are_moved_wait(pageable: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module, reference, handle = tower("cpu", "200KiB", pageable=pageable)
