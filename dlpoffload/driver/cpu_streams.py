@@ -88,8 +88,10 @@ class Streams:
             self._check_running("cuStreamCreate")
             stream = Stream(next(self._handles), threading.Condition(self.lock))
             self._streams[stream.handle] = stream
-            self._start(stream)
-            return stream.handle
+        # Not under the lock: whoever starts a thread waits for it to begin, and where it does the collector may run a
+        # finaliser, which waits for the lock.
+        self._start(stream)
+        return stream.handle
 
     def stream_destroy(self, handle: int) -> None:
         """Forget the handle at once; what is enqueued still runs, then the thread ends."""
