@@ -382,14 +382,14 @@ def test_what_is_no_plain_method_keeps_its_code(device: str) -> None:
 
 
 @pytest.mark.usefixtures("strict")
-def test_twelve_layers_with_a_static_cache(device: str) -> None:
+def test_more_layers_than_the_limit_with_a_static_cache(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each layer finds its cache by its index. Another length of prompts is one more kind of step."""
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
         vocab_size=64,
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=12,
+        num_hidden_layers=7,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=64,
@@ -400,6 +400,7 @@ def test_twelve_layers_with_a_static_cache(device: str) -> None:
     reference = copy.deepcopy(module).to(device)
     handle = offload_(module, "16MiB", device=device, policy=all_staged, units=["model.layers.*"])
     fast, counter = compiled(module, "eager")
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 6)  # time: the default is eight
     counts = []
     for prompt in (5, 8):
         caches = [transformers.StaticCache(config=config, max_cache_len=16) for _ in range(2)]
