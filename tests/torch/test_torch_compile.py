@@ -382,7 +382,8 @@ def test_what_is_no_plain_method_keeps_its_code(device: str) -> None:
 
 
 @pytest.mark.usefixtures("strict")
-def test_more_layers_than_the_limit_with_a_static_cache(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@torch._dynamo.config.patch(recompile_limit=6)  # the default is eight, and takes longer
+def test_more_layers_than_the_limit_with_a_static_cache(device: str) -> None:
     """Each layer finds its cache by its index. Another length of prompts is one more kind of step."""
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
@@ -400,7 +401,6 @@ def test_more_layers_than_the_limit_with_a_static_cache(device: str, monkeypatch
     reference = copy.deepcopy(module).to(device)
     handle = offload_(module, "16MiB", device=device, policy=all_staged, units=["model.layers.*"])
     fast, counter = compiled(module, "eager")
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 6)  # time: the default is eight
     counts = []
     for prompt in (5, 8):
         caches = [transformers.StaticCache(config=config, max_cache_len=16) for _ in range(2)]
