@@ -42,14 +42,18 @@ def _copy_of_mapping(bench: Bench) -> tuple[Act, Any]:
     return lambda: dlpo.HostStore.copy_of(source, device=DEVICE), lambda store: _checked(bench, store).close()
 
 
-@operation("HostStore.copy_of, a file")
-def _copy_of(bench: Bench) -> tuple[Act, Any]:
+def _from_file(make: Callable[..., dlpo.HostStore], bench: Bench) -> tuple[Act, Any]:
     open_driver(DEVICE)
 
     def act() -> dlpo.HostStore:
-        return dlpo.HostStore.copy_of(bench.checkpoint, units=UNITS, device=DEVICE)
+        return make(bench.checkpoint, units=UNITS, device=DEVICE)
 
     return act, lambda store: _checked(bench, store).close()
+
+
+@operation("HostStore.copy_of, a file")
+def _copy_of(bench: Bench) -> tuple[Act, Any]:
+    return _from_file(dlpo.HostStore.copy_of, bench)
 
 
 def _in_background(make: Callable[..., dlpo.HostStore], bench: Bench) -> tuple[Act, Any]:
@@ -73,12 +77,7 @@ def _copy_in_background(bench: Bench) -> tuple[Act, Any]:
 
 @operation("HostStore.map_file")
 def _map(bench: Bench) -> tuple[Act, Any]:
-    open_driver(DEVICE)
-
-    def act() -> dlpo.HostStore:
-        return dlpo.HostStore.map_file(bench.checkpoint, units=UNITS, device=DEVICE)
-
-    return act, lambda store: _checked(bench, store).close()
+    return _from_file(dlpo.HostStore.map_file, bench)
 
 
 @operation("HostStore.map_file, in the background")
