@@ -19,15 +19,13 @@ from .errors import CudaError, HostMemoryError, RegistrationError
 from .limits import PAGE_TABLE_ENTRY_NBYTES, check_host_budget, host_limits
 from .maps import Access
 from .pages import Pages, PinOptions, map_pages, populate, refused
+from .promises import Promise, promised, promising
 from .registrations import (
     MAX_REGISTRATION,
-    Promise,
     Registration,
     borders,
     pinned_file_nbytes,
     pinned_nbytes,
-    promised,
-    promising,
     registrations,
 )
 from .spec import format_nbytes

@@ -12,7 +12,8 @@ from .blocks import Block, mapped_pages, pin_pages, unmap_pages
 from .driver import Driver
 from .errors import RegistrationError, SpecError
 from .pages import Pages, PinOptions
-from .registrations import MAX_REGISTRATION, Promise, Registration, registrations
+from .promises import Promise
+from .registrations import MAX_REGISTRATION, Registration, registrations
 from .spec import format_nbytes
 
 __all__ = ["allocate_chunked"]

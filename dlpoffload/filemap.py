@@ -20,7 +20,8 @@ from .driver import Driver
 from .errors import RegistrationError
 from .memfile import is_in_memory
 from .pages import host_threads
-from .registrations import Promise, Registration, registrations
+from .promises import Promise
+from .registrations import Registration, registrations
 
 __all__ = ["check_mappable", "map_file_range"]
 

@@ -13,7 +13,7 @@ from dlpoffload import driver as drivers
 from dlpoffload import memory
 from dlpoffload.driver.cpu import CpuDriver
 from dlpoffload.errors import HostMemoryError
-from dlpoffload.registrations import Promise, promising
+from dlpoffload.promises import Promise, promising
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -18,7 +18,7 @@ PACKAGE = Path(dlpoffload.__file__).parent
 
 VALUES = {"errors", "spec"}
 DRIVERS = VALUES | {"limits", "driver"}
-PINNING = DRIVERS | {"maps", "lifetime", "pages", "registrations", "wall", "blocks"}
+PINNING = DRIVERS | {"maps", "lifetime", "pages", "promises", "registrations", "wall", "blocks"}
 MEMORY = PINNING | {
     "accounting",
     "background",
@@ -46,6 +46,7 @@ ALLOWED: dict[str, set[str]] = {
     "rollback": set(),
     "wall": DRIVERS,
     "pages": DRIVERS | {"_native"},
+    "promises": set(),
     "registrations": DRIVERS,
     "blocks": (PINNING - {"blocks"}) | {"_native"},
     "accounting": {"lifetime", "registrations"},

@@ -21,7 +21,19 @@ from typing import Any
 import pytest
 
 import dlpoffload as dlpo
-from dlpoffload import HostBuffer, HostStore, TensorSpec, _native, blocks, lifetime, limits, pages, registrations, wall
+from dlpoffload import (
+    HostBuffer,
+    HostStore,
+    TensorSpec,
+    _native,
+    blocks,
+    lifetime,
+    limits,
+    pages,
+    promises,
+    registrations,
+    wall,
+)
 from dlpoffload.driver import installed
 from dlpoffload.driver.cpu import CpuDriver
 from dlpoffload.driver.topology import numa_node_of
@@ -482,7 +494,7 @@ def test_what_is_being_pinned_in_the_background_is_not_promised_twice() -> None:
     with HostBuffer.allocate(10 * MIB, **chunked, host_budget=budget) as buffer:
         assert buffer.pinning is not None
         assert buffer.pinning.wait(timeout_s=20)
-        assert registrations.promised() == (0, 0)
+        assert promises.promised() == (0, 0)
 
 
 def test_threads_are_not_promised_the_same_bytes() -> None:
