@@ -31,7 +31,7 @@ from .outputs import detached_from
 from .saved import saved_outside
 from .slots import data_in, users_of
 from .tensors import copy_elements, current_stream, host_copy_of, place_of
-from .traced import refuse_lost_writes, refuse_tracing, said_of_hooks
+from .traced import refuse_lost_writes, refuse_tracing, said_of
 from .tree import Member
 from .units import Data, StagedMember, StagedUnit, home_tensor
 from .watched import exchange_data, forget_given, plain_data, rewatch, was_read
@@ -76,7 +76,7 @@ class StagedForward(WrappedForward):
             if unit.overlapping and eval_frame() is not None:
                 refuse_lost_writes(unit, mapped=lease.slot is None)
         except RuntimeError as error:
-            if (said := said_of_hooks(unit.name, error)) is not error:
+            if (said := said_of(unit, error)) is not error:
                 raise said from error
             raise
         finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Final, NoReturn
 
 import torch
@@ -12,7 +13,7 @@ from .compiling import uncompiled
 if TYPE_CHECKING:
     from .units import StagedUnit
 
-__all__ = ["refuse_lost_writes", "refuse_script", "refuse_tracing", "said_of_hooks"]
+__all__ = ["refuse_lost_writes", "refuse_script", "refuse_tracing", "said_of"]
 
 _KEYS: Final = torch._C._TorchDispatchModeKey
 _MODES: Final = {
@@ -20,6 +21,10 @@ _MODES: Final = {
     _KEYS.PROXY: "by make_fx",
     _KEYS.FUNCTIONAL: "inside of a functionalisation",
 }
+_APART: Final = (
+    "Keep that unit on the device (pattern_policy), compile it not (torch.compiler.disable), or register what is "
+    "written as a tensor of its own (clone())"
+)
 
 
 def refuse_tracing(unit: str) -> None:
@@ -52,8 +57,7 @@ def refuse_lost_writes(unit: StagedUnit, *, mapped: bool) -> None:
     if views:
         raise AliasError(
             f'"{views[0]}" shares its bytes with others, and one of them was written inside of what torch.compile made '
-            f'of unit "{unit.name}": that write is lost. Keep that unit on the device (pattern_policy), compile it not '
-            "(torch.compiler.disable), or register what is written as a tensor of its own (clone())"
+            f'of unit "{unit.name}": that write is lost. {_APART}'
         )
 
 
@@ -65,8 +69,28 @@ def refuse_script() -> NoReturn:
     )
 
 
-def said_of_hooks(unit: str, error: RuntimeError) -> RuntimeError | OffloadError:
-    """What a unit's forward raised; as OffloadError where it is that nobody may look at what autograd saves."""
+def said_of(unit: StagedUnit, error: RuntimeError) -> RuntimeError | OffloadError:
+    """What a unit's forward raised; as OffloadError where it is our doing, and the user has a remedy."""
+    return _said_of_views(unit, error) or _said_of_hooks(unit.name, error)
+
+
+def _said_of_views(unit: StagedUnit, error: RuntimeError) -> OffloadError | None:
+    """On a GPU torch does not even compile what would be a lost write: it takes it for one to the base, on the host."""
+    if not unit.overlapping or "torch._dynamo" not in sys.modules:
+        return None
+    from torch._dynamo.exc import BackendCompilerFailed
+
+    views = [staged.member.name for staged in unit.overlapping if staged.tensor._base is not None]
+    if not views or not isinstance(error, BackendCompilerFailed):
+        return None
+    return AliasError(
+        f'"{views[0]}" shares its bytes with others as views of one tensor, which is not in the slot of unit '
+        f'"{unit.name}", and torch.compile failed there: a write to them is lost. {_APART}'
+    )
+
+
+def _said_of_hooks(unit: str, error: RuntimeError) -> RuntimeError | OffloadError:
+    """That nobody may look at what autograd saves."""
     disabled = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
     if "saved tensor hooks" not in str(error) and (disabled is None or str(error) != disabled):
         return error

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.gpu
 WIDTH, DEPTH = 2048, 8
 SLOT = 4 * WIDTH * WIDTH
 SLACK = SLOT // 8
-"""What a program needs beside the ring: activations, workspaces of libraries."""
+"""What a program may need beside the ring and what it needs of resident weights."""
 
 AS_ELSEWHERE = {"xla_gpu_enable_triton_gemm": True, "xla_gpu_autotune_level": 4}
 """XLA as it is outside of these tests, which compare bits. With the options and the precision of the tests it takes a
@@ -69,6 +69,16 @@ def offloaded(params: Any, fun: Callable[..., Any], slots: int) -> tuple[Any, An
     return params, tree, handle
 
 
+def needed(fun: Callable[..., Any], *arguments: Any, **how: Any) -> int:
+    """What XLA takes for its own ends where the weights are resident. Bytes.
+
+    That differs by the device: on an H200 a product with one row is multiplied into a buffer of the weight's size and
+    then summed, on an H100 it is one kernel [jax 0.11.2].
+    """
+    resident = jax.device_put(arguments, jax.devices("cuda")[0])
+    return int(dj.inspect_compiled(jax.jit(fun).lower(*resident).compile(**how)).temporary_nbytes)
+
+
 @pytest.mark.parametrize("slots", [1, 2, 3])
 @pytest.mark.parametrize("fun", [loop, scan])
 def test_only_the_ring_is_on_the_device(params: Any, x: Any, fun: Callable[..., Any], slots: int) -> None:
@@ -78,7 +88,7 @@ def test_only_the_ring_is_on_the_device(params: Any, x: Any, fun: Callable[..., 
     report = dj.inspect_compiled(compiled)
     print(report)
     assert report.host_computations == ()
-    assert report.temporary_nbytes <= slots * SLOT + SLACK
+    assert report.temporary_nbytes <= slots * SLOT + needed(fun, source, x) + SLACK
     result = compiled(tree, x)
     device = jax.sharding.SingleDeviceSharding(jax.devices("cuda")[0], memory_kind="device")
     same = jax.jit(handle.streamed(fun))(jax.device_put(source, device), x)
@@ -108,18 +118,20 @@ def test_only_the_ring_is_on_the_device_under_derivatives(params: Any, x: Any, f
         compiled = jax.jit(program, donate_argnums=1).lower(tree, x).compile()
         with jax.default_matmul_precision("default"):
             report = dj.inspect_compiled(jax.jit(program).lower(tree, x).compile(compiler_options=AS_ELSEWHERE))
-        print(report)
-        assert report.temporary_nbytes <= 2 * SLOT + SLACK
+            own = needed(jax.grad(loss, 1), source, x, compiler_options=AS_ELSEWHERE)
+        print(report, own)
+        assert report.temporary_nbytes <= 2 * SLOT + own + SLACK
         assert report.host_computations == ()
         models.close(compiled(tree, jnp.array(x)), wanted, 1e-3)
 
 
 @pytest.mark.parametrize("level", [1, 3])
 def test_the_barriers_survive_the_levels_of_xla(params: Any, x: Any, level: int) -> None:
-    _, tree, handle = offloaded(params, loop, 2)
-    lowered = jax.jit(handle.streamed(loop)).lower(tree, x)
-    compiled = lowered.compile(compiler_options={"xla_backend_optimization_level": level})
-    assert dj.inspect_compiled(compiled).temporary_nbytes <= 2 * SLOT + SLACK
+    source, tree, handle = offloaded(params, loop, 2)
+    options = {"xla_backend_optimization_level": level}
+    compiled = jax.jit(handle.streamed(loop)).lower(tree, x).compile(compiler_options=options)
+    own = needed(loop, source, x, compiler_options=options)
+    assert dj.inspect_compiled(compiled).temporary_nbytes <= 2 * SLOT + own + SLACK
 
 
 @pytest.mark.parametrize("fun", [loop, scan])
@@ -133,8 +145,9 @@ def test_a_loop_around_it_has_the_ring_too(params: Any, x: Any, fun: Callable[..
     report = dj.inspect_compiled(compiled)
     print(report)
     assert report.host_computations == ()
-    assert report.temporary_nbytes <= 2 * SLOT + SLACK
-    wanted = jax.jit(lambda p, x: steps(fun, p, x))(jax.device_put(source, jax.devices("cuda")[0]), x)
+    resident = lambda p, x: steps(fun, p, x)  # noqa: E731
+    assert report.temporary_nbytes <= 2 * SLOT + needed(resident, source, x) + SLACK
+    wanted = jax.jit(resident)(jax.device_put(source, jax.devices("cuda")[0]), x)
     models.close(compiled(tree, x), wanted, 1e-3)
 
 
@@ -182,7 +195,7 @@ def test_the_peak_stays_inside_the_budget(form: str) -> None:
 def test_mapped_weights_take_no_device_memory(params: Any, x: Any) -> None:
     tree, handle = dj.offload(params, 0, device="cuda:0", policy=all_mapped)
     compiled = jax.jit(handle.streamed(loop)).lower(tree, x).compile()
-    assert dj.inspect_compiled(compiled).temporary_nbytes <= SLACK
+    assert dj.inspect_compiled(compiled).temporary_nbytes <= needed(loop, params, x) + SLACK
     models.close(compiled(tree, x), loop(jax.device_put(params, jax.devices("cuda")[0]), x), 1e-4)
 
 

@@ -94,8 +94,13 @@ SCANS: list[Callable[..., Any]] = [scan, remat_scan, reverse_scan]
 
 
 def resident(tree: Any) -> Any:
-    """The same tree on the default device."""
-    return jax.tree.map(jnp.array, tree)
+    """The same tree in the memory of its device, or of the default device. ``jnp.array`` leaves it in the host's."""
+
+    def copied(leaf: Any) -> Any:
+        device = next(iter(leaf.devices())) if isinstance(leaf, jax.Array) else None
+        return jax.device_put(leaf, device, may_alias=False)
+
+    return jax.tree.map(copied, tree)
 
 
 def same(a: Any, b: Any) -> bool:

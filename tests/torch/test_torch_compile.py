@@ -348,7 +348,7 @@ def test_code_of_its_own_is_seen_by_nobody(device: str) -> None:
         handle.restore_()
         assert not any("forward" in layer.__dict__ for layer in layers)
         assert layers[7].forward.__func__ is Numbered.forward
-        assert same(module["layers"](vector(4, device)), reference["layers"](vector(4, device)))
+        assert same(module["layers"].to(device)(vector(4, device)), reference["layers"](vector(4, device)))
 
 
 def test_what_is_no_plain_method_keeps_its_code(device: str) -> None:
