@@ -119,12 +119,6 @@ def pytest_configure() -> None:
     os.environ.setdefault("XLA_FLAGS", " ".join(f"--xla_{flag}" for flag in flags))
 
 
-def pytest_collection_finish() -> None:
-    """Take what is imported by now out of every later collection, of which tests make thousands."""
-    gc.collect()
-    gc.freeze()
-
-
 def pytest_report_header() -> list[str]:
     versions = []
     for name in ("torch", "jax", "numpy", "cuda-bindings"):
@@ -180,6 +174,13 @@ def jax() -> ModuleType:
 def _live_buffers() -> Counter[Any]:
     memory = sys.modules.get("dlpoffload.memory")
     return Counter() if memory is None else Counter(memory.live_buffers())
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_collections() -> None:
+    """Take what is alive by now out of every later collection: tests make thousands, and frameworks are large."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -94,7 +94,7 @@ SCANS: list[Callable[..., Any]] = [scan, remat_scan, reverse_scan]
 
 
 def resident(tree: Any) -> Any:
-    """The same tree in the memory of its device, or of the default device. Without a word a copy stays in the host's."""
+    """The same tree in the memory of its device, or of the default one: left alone a copy stays in the host's."""
 
     def copied(leaf: Any) -> Any:
         if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer):
