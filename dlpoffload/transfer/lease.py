@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
@@ -135,17 +134,20 @@ class Lease:
     def abandon(self) -> None:
         """Release where nobody will do so again: should no last reader be marked, the host waits for the stream.
 
-        Raises nothing. A slot whose readers cannot be waited for either stays leased.
+        Raises nothing. A slot whose readers cannot be waited for either stays leased, and the ring says why.
         """
-        with suppress(CudaError):
+        try:
+            self.release()
+        except CudaError:
+            driver = self._ring.driver
             try:
-                self.release()
-            except CudaError:
-                driver = self._ring.driver
                 with self._ring._lock, driver.current(), driver.relaxed():
                     driver.stream_synchronize(self.stream)
                     if not self._released:
                         self._end()
+            except CudaError as error:
+                if not self._released:
+                    self._ring.unleft = error
 
     def _end(self) -> None:
         self._released = True

@@ -16,7 +16,7 @@ from typing import Literal
 
 from ..closing import Closing
 from ..driver import Driver, open_driver
-from ..errors import ClosedError, SlotError, SpecError
+from ..errors import ClosedError, CudaError, SlotError, SpecError
 from ..memory import DeviceBuffer
 from ..rollback import rolled_back
 from ..slab import Slab
@@ -91,6 +91,7 @@ class SlotRing(Closing):
         self._lock = threading.RLock()
         self._uses = itertools.count(1)
         self._closed = False
+        self.unleft: CudaError | None = None  # why a lease stays open that nobody has any more
         with rolled_back() as undo:
             self.slots = make_slots(slots, self.slot_nbytes, self.driver.device, allocate)
             undo.append(partial(close_slots, self.slots))
@@ -370,6 +371,8 @@ class SlotRing(Closing):
                 return
             leased = sum(timeline.leases for timeline in self._timelines.all())
             if leased:
+                if self.unleft is not None:
+                    raise SlotError(f"{leased} leases are open and cannot be left: {self.unleft}") from self.unleft
                 raise SlotError(f"{leased} leases are open; leave their units before the ring is closed")
             views = sum(slot.buffer.live_views for slot in self.slots)
             if views:
