@@ -19,7 +19,7 @@ from .copying import DeepCopy, refuse_copy, refuse_pickle
 from .gate import Gate
 from .installed import Installed, handle_of, holding
 from .moved import copy_out, host_facts
-from .offloading import Offloading
+from .offloading import Offloading, retired
 from .origin import Start
 from .placed import Placed
 from .report import Report, link_of, snapshot
@@ -230,19 +230,21 @@ class OffloadHandle:
             What the module holds now cannot be offloaded; nothing has changed.
         SlotError
             A unit is running, or other threads are inside of a call; nothing has changed.
-        HostMemoryError, DeviceMemoryError
-            Memory was refused; the module is restored, every tensor in ordinary memory.
+        HostMemoryError, DeviceMemoryError, CudaError
+            Memory was refused, or a driver call failed; the module is restored, every tensor in ordinary memory.
         """
         with self._lock, self._gate.moving("refreshed"):
             former = self._open()
             self._check_awake("refreshed")
             with former.quiet():
                 self._offloading.plan(self.module, pinned=former.pinned)
-            former.retire()
+            undestroyed = retired(former)
             record, former.store = former.former(), None
             with self._holding():
                 self._restored = True  # should memory be refused, that is the state that is left
                 try:
+                    if undestroyed is not None:
+                        raise undestroyed
                     placed = self._offloading.place(self.module, record)
                 except BaseException:
                     former.undo()  # what had not been placed anew yet
@@ -329,10 +331,12 @@ class OffloadHandle:
     def _change(self, decided: Plan, *, asleep: bool = False) -> None:
         """Place the module's tensors by another plan; by the present one again where memory is refused."""
         former = self._open()
-        former.retire()
+        undestroyed = retired(former)
         with self._holding():
             self._restored = True
             try:
+                if undestroyed is not None:
+                    raise undestroyed
                 placed = self._offloading.move(former, decided)
             except BaseException as error:
                 # What had not moved yet is at home still: it takes no more than before, once what is new is let go of.
@@ -379,14 +383,19 @@ class OffloadHandle:
         ------
         SlotError
             A unit is running, or other threads are inside of a call.
+        CudaError
+            Work failed, and nothing has changed; or the driver would not destroy what belonged to the ring, and the
+            module is restored.
         """
         with self._lock, self._gate.moving("restored"):
             if not self._restored:
-                self._placed.retire()
+                undestroyed = retired(self._placed)
                 with self._holding():
                     self._placed.undo()
                 self._restored = True
                 self._awake = None
+                if undestroyed is not None:
+                    raise undestroyed
         return self.module
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:

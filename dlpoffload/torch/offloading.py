@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from ..driver import Driver
-from ..errors import HostMemoryError, PlanError, RegistrationError
+from ..errors import CudaError, HostMemoryError, PlanError, RegistrationError
 from ..planning import CostModel, Plan, Policy, Unit, UnitTree, all_mapped, all_staged, choose_units, plan
 from .origin import Former, Start
 from .placed import Placed
 from .tree import Entry, collect, unit_tree
 
-__all__ = ["Offloading", "Pageable"]
+__all__ = ["Offloading", "Pageable", "retired"]
 
 Pageable = Literal["never", "if_refused", "always"]
 
@@ -140,3 +140,14 @@ class Offloading:
         if start is not None:
             former, origin = Former(dict(start.former), None, {}), start.origin(module, entries, pinned=pinned)
         return Placed(module, entries, decided, self.driver, pinned=pinned, former=former, origin=origin)
+
+
+def retired(placed: Placed) -> CudaError | None:
+    """Retire; what the driver would not destroy of a ring that is closed all the same, for the caller to raise."""
+    try:
+        placed.retire()
+    except CudaError as error:
+        if not placed.retired:
+            raise
+        return error
+    return None

@@ -77,6 +77,7 @@ class Placed:
         self._slot_nbytes = slot_nbytes(decided, self.store)
         self._before = former.devices if former is not None else {}
         self._former: dict[int, tuple[Entry, torch.device]] = {}
+        self.retired = False
         self._stayed: set[int] = set()  # until it has settled: entries that it left where they were at home before
         self._relabelled: list[tuple[Outer, torch.Tensor]] = []
         self._homes: dict[int, Place] = {}  # where the data of each member is
@@ -331,12 +332,24 @@ class Placed:
         ------
         SlotError
             A unit is running. Nothing has changed then.
+        CudaError
+            Work failed, and nothing has changed; or it is `retired`, and the driver would not destroy what belonged to
+            the ring.
         """
         if self.stager is not None:
-            self.stager.close()
-            self.stager = None
+            self.stager.check_closable()
         if self._former:
             self.driver.synchronize()  # kernels that write mapped bytes, on whatever stream
+        try:
+            if self.stager is not None:
+                self.stager.close()
+        finally:
+            if self.stager is None or self.stager.closed:
+                self.stager = None
+                self._unmark()
+
+    def _unmark(self) -> None:
+        self.retired = True
         while self._relabelled:
             outer, before = self._relabelled.pop()
             outer.tensor = _put(outer, before)

@@ -320,9 +320,12 @@ class SplitHandle:
         with self._lock, self._gate.moving("restored"):
             if not self._restored:
                 with self._closable(), self._holding():
-                    for handle in self._handles.values():
-                        handle.restore_()
-                self._restored = True
+                    try:
+                        with ExitStack() as every:
+                            for handle in self._handles.values():
+                                every.callback(handle.restore_)  # whichever of them raises
+                    finally:
+                        self._restored = all(handle.restored for handle in self._handles.values())
         return self.module
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:

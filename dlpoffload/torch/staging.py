@@ -375,15 +375,29 @@ class Stager:
         ------
         SlotError
             A unit is running, or a captured graph can still be replayed. Nothing has changed then.
+        CudaError
+            Work that uses the slots failed, and nothing has changed; or the driver would not destroy what belongs to
+            the ring, which is `closed` then.
         """
         with self.lock:
             self.check_closable()
             self.backward.abandon()
-            self.ring.close()
-            while self._hooks:
-                self._hooks.pop().remove()
-            for unit in self.units.values():
-                unit.release()
-            self.units.clear()
-            self._unit_of.clear()
-            self.slots.clear()
+            try:
+                self.ring.close()
+            finally:
+                if self.ring.closed:
+                    self._let_go()
+
+    @property
+    def closed(self) -> bool:
+        """Whether the ring is."""
+        return self.ring.closed
+
+    def _let_go(self) -> None:
+        while self._hooks:
+            self._hooks.pop().remove()
+        for unit in self.units.values():
+            unit.release()
+        self.units.clear()
+        self._unit_of.clear()
+        self.slots.clear()
