@@ -99,7 +99,7 @@ def plan(
             cost=cost,
             elsewhere=apart_from,
         )
-        return _assemble(request, policy)
+        return _assemble(request, policy, tree if isinstance(specs, UnitTree) else None)
 
     try:
         return at(budget)
@@ -211,11 +211,14 @@ def _decisions(request: PlanRequest, policy: Policy) -> dict[str, Decision]:
     return decisions
 
 
-def _assemble(request: PlanRequest, policy: Policy) -> Plan:
+def _assemble(request: PlanRequest, policy: Policy, tree: UnitTree | None) -> Plan:
+    """`tree` is of modules that are entered and left; names alone say nothing of that."""
     decisions = _decisions(request, policy)
     placements = {name: decision.placement for name, decision in decisions.items()}
     staged = Placement.HOST_STAGED
-    units = (*request.units, *(Unit(name, (name,)) for name in request.loose if placements[name] is staged))
+    loose = [name for name in request.loose if placements[name] is staged]
+    apart = {name: (name,) for name in loose} if tree is None else tree.own_units(loose)
+    units = (*request.units, *(Unit(name, tensors) for name, tensors in apart.items()))
     slabs = [Unit(unit.name, tuple(n for n in unit.tensors if placements[n] is staged)) for unit in units]
     streamed = tuple(slab for slab in slabs if slab.tensors)
     made = Plan(
@@ -230,6 +233,7 @@ def _assemble(request: PlanRequest, policy: Policy) -> Plan:
         device_budget=request.device_budget,
         cost=request.cost,
         policy=_name(policy),
+        at_once=1 if tree is None else tree.at_once({n: slab.name for slab in streamed for n in slab.tensors}),
     )
     excess = made.device_nbytes - made.device_budget
     if excess > 0:

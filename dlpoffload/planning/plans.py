@@ -28,7 +28,7 @@ class Plan:
     reasons : mapping of str to str
         Why, for every tensor.
     units : tuple of Unit
-        All units in order: the ones asked for, then one for each staged tensor that was in none.
+        All units in order: the ones asked for, then one for the staged tensors of each module that were in none.
     streamed_units : tuple of Unit
         Those with staged tensors, in order, less the tensors that are not staged: what a slab holds.
     resident_units : tuple of Unit
@@ -43,6 +43,9 @@ class Plan:
         What the link was taken to cost.
     policy : str
         Name of the policy that decided.
+    at_once : int
+        How many streamed units are entered and not left at most, as their modules run inside of each other: each holds
+        a slot. 1 where no module tree was given.
     """
 
     specs: Mapping[str, TensorSpec]
@@ -56,6 +59,7 @@ class Plan:
     device_budget: int
     cost: CostModel
     policy: str
+    at_once: int = 1
 
     def names(self, placement: Placement) -> tuple[str, ...]:
         """Tensors with this placement, in the order of the specs."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from ..errors import PlanError
@@ -55,6 +55,45 @@ class UnitTree:
         """
         named = not self.children and "embedding" in self.kind.lower()
         return named and any(len(spec.shape) > 1 for spec in self.tensors.values())
+
+    def own_units(self, names: Collection[str]) -> dict[str, tuple[str, ...]]:
+        """Part tensors that are in no unit into units, by name: those of one module together, as its forward needs all.
+
+        One alone, or one that modules below share, is a unit of its own name; several are the module's path and ``*``.
+        """
+        units: dict[str, tuple[str, ...]] = {}
+        for node in self.walk():
+            loose = [name for name in node.tensors if name in names]
+            own = tuple(name for name in loose if node._below(name) is None)
+            if len(own) > 1:
+                units[f"{node.name}.*".lstrip(".")] = own
+            units.update((name, (name,)) for name in loose if name not in own or len(own) == 1)
+        return units
+
+    def at_once(self, unit_of: Mapping[str, str]) -> int:
+        """How many units are entered and not left at most, as they run inside of each other; given by tensor.
+
+        A tensor that several modules share counts at the one that it is named after.
+        """
+        held: dict[str, set[str]] = {}
+        for node in self.walk():
+            for name in node.tensors:
+                if name in unit_of:
+                    held.setdefault(node._holder(name).name, set()).add(unit_of[name])
+
+        def most(node: UnitTree, entered: frozenset[str]) -> int:
+            entered |= held.get(node.name, frozenset())
+            return max([len(entered), *(most(child, entered) for child in node.children)])
+
+        return most(self, frozenset())
+
+    def _below(self, name: str) -> UnitTree | None:
+        """The child that a tensor is named after."""
+        return next((child for child in self.children if name.startswith(f"{child.name}.")), None)
+
+    def _holder(self, name: str) -> UnitTree:
+        below = self._below(name)
+        return self if below is None else below._holder(name)
 
     def specs(self) -> dict[str, TensorSpec]:
         """All tensors of the subtree in its order.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -64,7 +64,7 @@ class Offloading:
         if mapped and (cost is None or cost.memory is None):
             cost = replace(cost or CostModel(), memory=self.driver.capabilities().memory)
 
-        def planned(units: Any) -> Plan:
+        def planned(units: Any, slots: int = slots) -> Plan:
             return plan(
                 tree,
                 self.device_budget,
@@ -77,8 +77,22 @@ class Offloading:
 
         if former and self.policy is not all_mapped:
             with suppress(PlanError):
-                return entries, planned(former)
-        return entries, planned(units if chosen is None else chosen)
+                return entries, self._nested(planned, former, mapped)
+        return entries, self._nested(planned, units if chosen is None else chosen, mapped)
+
+    def _nested(self, planned: Callable[..., Plan], units: Any, mapped: bool) -> Plan:
+        """A plan with slots enough where units run inside of each other: each of them holds one."""
+        made = planned(units)
+        if made.at_once > 1 and self.slots is None:
+            for slots in (made.at_once + 1, made.at_once):  # one that is filled meanwhile, where the budget has it
+                with suppress(PlanError):
+                    return planned(units, slots)
+        if made.at_once > made.slots and not mapped:
+            raise PlanError(
+                f"{made.at_once} units run inside of each other and hold a slot each, and the ring has {made.slots}: "
+                f"say slots={made.at_once + 1}, raise the budget, or place what is in no repeated block on the device"
+            )
+        return made
 
     def current(self, module: nn.Module, decided: Plan, *, pinned: bool, asleep: bool = False) -> Plan:
         """A plan; one made anew where the module holds other tensors by now than that places."""
@@ -88,7 +102,7 @@ class Offloading:
         return made.asleep() if asleep else made
 
     def _with_loose(self, tree: UnitTree, slots: int) -> list[Unit]:
-        """The units, and each tensor that is in none as a unit of its own, so that it need not be mapped."""
+        """The units, and those of what is in none, so that nothing need be mapped."""
         if isinstance(self.units, Mapping):
             chosen = [Unit(name, tuple(names)) for name, names in self.units.items()]
         else:
@@ -96,15 +110,8 @@ class Offloading:
                 tree, self.device_budget, slots, units=self.units, cost=self.cost, elsewhere=self.elsewhere
             )
         inside = {name for unit in chosen for name in unit.tensors}
-        # Not those of a module that other units run inside of: its slot would be leased all that time.
-        around = {
-            name
-            for node in tree.walk()
-            if node.tensors and any(inside & child.specs().keys() for child in node.children)
-            for name in node.tensors
-        }
-        loose = (name for name in tree.specs() if name not in inside and name not in around)
-        return [*chosen, *(Unit(name, (name,)) for name in loose)]
+        loose = tree.own_units([name for name in tree.specs() if name not in inside])
+        return [*chosen, *(Unit(name, tensors) for name, tensors in loose.items())]
 
     def place(self, module: nn.Module, former: Former | None = None, start: Start | None = None) -> Placed:
         """Plan, and put everything in its place. After an error every tensor is in memory of its former kind."""
