@@ -15,7 +15,7 @@ from torch import nn
 from ..errors import ClosedError, OffloadError, SpecError
 from ..lifetime import drain
 from ..planning import Plan
-from .copying import DeepCopy, refuse_copy, refuse_pickle
+from .copying import DeepCopy, refuse_copy, refuse_pickle, standing_aside
 from .gate import Gate
 from .installed import Installed, handle_of, holding
 from .moved import copy_out, host_facts
@@ -363,11 +363,11 @@ class OffloadHandle:
     # -------------------------------------------------------------------------------------- copies, end
     @contextmanager
     def copyable(self) -> Iterator[Sequence[Placed]]:
-        """Let the module be deep-copied for the length of a block; see `Installed.copyable`."""
+        """Let this thread deep-copy the module for the length of a block, while others may run it."""
         with self._lock:
             placed = self._open()
             self._check_awake("copied")
-            with self._installed.copyable():
+            with standing_aside(self):
                 yield [placed]
 
     def offload_like(self, module: nn.Module) -> OffloadHandle:

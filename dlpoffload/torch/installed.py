@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from .borders import BorderForward, SplitForward
-from .copying import refuse_copy, refuse_pickle
+from .copying import Mark, PartCopy, PickleRefusal
 from .gate import Gate
 from .gradients import refuse_gradients
 from .moved import guard_loading
@@ -21,7 +21,7 @@ from .root import RootForward, SteppedForward
 from .staging import StagedForward
 from .state import Saving, guard_state_dicts, homes_of
 from .tensors import torch_device
-from .traced import refuse_script
+from .traced import ScriptRefusal
 from .wrapped import HeldForward, SleepingForward, WrappedForward, exchange
 
 if TYPE_CHECKING:
@@ -35,7 +35,8 @@ _MARK = "_dlpoffload_handle"
 
 def handle_of(module: nn.Module) -> Any:
     """The handle of an offloaded module, or of the one that it is a part of; None where it is not offloaded."""
-    return module.__dict__.get(_MARK)
+    mark = module.__dict__.get(_MARK)
+    return mark.handle if isinstance(mark, Mark) else None
 
 
 class Installed:
@@ -65,7 +66,8 @@ class Installed:
             self.forwards.append((RootForward if stager is None else SteppedForward)(placed, module))
         self._units = units
         self._hooks: list[RemovableHandle] = []
-        self._overrides = Overrides()
+        self.overrides = Overrides()
+        self._saving = Overrides()
         try:
             self._override(module, placed, handle, deep_copy)
             self._put_on(held)
@@ -75,15 +77,14 @@ class Installed:
 
     def _override(self, module: nn.Module, placed: Placed, handle: object, deep_copy: Any) -> None:
         for inside in module.modules():
-            self._overrides.put(inside, _MARK, handle)
-            self._overrides.put(inside, "_apply", GuardedApply([placed], inside))
-            self._overrides.put(inside, "__deepcopy__", deep_copy if inside is module else refuse_copy)
-            self._overrides.put(inside, "__reduce_ex__", refuse_pickle)
-            self._overrides.put(inside, "__prepare_scriptable__", refuse_script)
+            self.overrides.put(inside, _MARK, Mark(handle))
+            self.overrides.put(inside, "_apply", GuardedApply([placed], inside, self._gate))
+            self.overrides.put(inside, "__deepcopy__", deep_copy if inside is module else PartCopy(handle, inside))
+            self.overrides.put(inside, "__reduce_ex__", PickleRefusal())
+            self.overrides.put(inside, "__prepare_scriptable__", ScriptRefusal())
         if placed.stager is not None:
-            # Beside the hooks: these are taken off while the module is copied, as other threads go on.
             for inside, homes in homes_of(placed.stager, self._units).items():
-                self._overrides.put(inside, "_save_to_state_dict", Saving(inside, homes))
+                self._saving.put(inside, "_save_to_state_dict", Saving(inside, homes))
 
     def _put_on(self, held: list[WrappedForward]) -> None:
         exchange(held, self.forwards, self._gate)
@@ -96,27 +97,23 @@ class Installed:
     def remove(self) -> None:
         """Take everything off."""
         exchange(self.hold(), [], self._gate)
+        self.overrides.take()
 
     def hold(self) -> list[WrappedForward]:
-        """Take everything off, and have other threads' calls of what was put on wait at the gate, by these forwards."""
+        """Take everything off, and have other threads' calls of what was put on wait at the gate, by these forwards.
+
+        What guards the module (`_apply`, copies, pickling) stays until others are put in its place, or `remove`.
+        """
         while self._hooks:
             self._hooks.pop().remove()
+        self._saving.take()
         held: list[WrappedForward] = [HeldForward(module) for module in dict.fromkeys(f.module for f in self.forwards)]
         exchange(self.forwards, held, self._gate)
-        self._overrides.take()
+        self.overrides.retire()
         # The handle may outlive this, and the ring's slots must not.
         self.forwards.clear()
         self._units.clear()
         return held
-
-    @contextmanager
-    def copyable(self) -> Iterator[None]:
-        """Let the module be deep-copied for the length of a block, while other threads may run it.
-
-        So forwards and hooks stay: without its forward a unit would be run without a lease. They leave themselves out.
-        """
-        with self._overrides.suspended():
-            yield
 
 
 @contextmanager
@@ -128,6 +125,7 @@ def holding(installed: Installed | InstalledOverParts, held: list[WrappedForward
     finally:
         exchange(held, [], gate)
         held.clear()
+        installed.overrides.take()  # where nothing else was put
 
 
 class InstalledOverParts:
@@ -155,16 +153,16 @@ class InstalledOverParts:
         else:
             self.forwards += [BorderForward(module, devices[device]) for module, device in parts.borders()]
             self.forwards.append(SplitForward(parts, devices[parts.home], placed))
-        self._overrides = Overrides()
+        self.overrides = Overrides()
         try:
             for module in root.modules():
-                self._overrides.put(module, _MARK, handle)
+                self.overrides.put(module, _MARK, Mark(handle))
             for module in above:
-                self._overrides.put(module, "_apply", GuardedApply(placed, module))
-                self._overrides.put(module, "__deepcopy__", refuse_copy)
-                self._overrides.put(module, "__reduce_ex__", refuse_pickle)
-                self._overrides.put(module, "__prepare_scriptable__", refuse_script)
-            self._overrides.put(root, "__deepcopy__", deep_copy)
+                self.overrides.put(module, "_apply", GuardedApply(placed, module, gate))
+                self.overrides.put(module, "__deepcopy__", PartCopy(handle, module))
+                self.overrides.put(module, "__reduce_ex__", PickleRefusal())
+                self.overrides.put(module, "__prepare_scriptable__", ScriptRefusal())
+            self.overrides.put(root, "__deepcopy__", deep_copy)
             exchange(held, self.forwards, gate)
             held.clear()
         except BaseException:
@@ -174,6 +172,7 @@ class InstalledOverParts:
     def remove(self) -> None:
         """Take everything off. Idempotent."""
         exchange(self.hold(), [], self._gate)
+        self.overrides.take()
 
     def hold(self) -> list[WrappedForward]:
         """See `Installed.hold`; the parts hold back what is theirs."""
@@ -182,11 +181,5 @@ class InstalledOverParts:
         held: list[WrappedForward] = [HeldForward(self._root)] if alone else []
         exchange(self.forwards, held, self._gate)
         self.forwards.clear()
-        self._overrides.take()
+        self.overrides.retire()
         return held
-
-    @contextmanager
-    def copyable(self) -> Iterator[None]:
-        """See `Installed.copyable`."""
-        with self._overrides.suspended():
-            yield

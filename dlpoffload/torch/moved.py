@@ -11,10 +11,10 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import SlotError
 from .guarded import is_guarded, release
+from .overrides import LeftOut
 from .tensors import current_stream, place_of
 from .tree import Entry
 from .watched import exchange_data
-from .wrapped import LeftOut
 
 if TYPE_CHECKING:
     from .placed import Placed

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 from ..errors import OffloadError
+from .gate import Gate
+from .overrides import Override
 from .subclasses import inner_tensors, wraps_others
 from .tree import Entry, Member, Outer
 
@@ -30,14 +32,26 @@ class _Held(NamedTuple):
     member: Member
 
 
-class GuardedApply:
+class GuardedApply(Override):
     """Stands in the place of one module's `_apply`; its tensors may be on several devices."""
 
-    def __init__(self, parts: Sequence[Placed], module: nn.Module) -> None:
+    def __init__(self, parts: Sequence[Placed], module: nn.Module, gate: Gate) -> None:
         self.parts = parts
         self.module = module
+        self.gate = gate
 
     def __call__(self, function: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        with self.gate:  # where another thread moves the memory, once it has
+            now: Any = self.module._apply
+            if now is self:
+                self._apply_to_all(function, recurse)
+            else:
+                now(function, recurse)
+        return self.module
+
+    def _apply_to_all(self, function: Callable[[torch.Tensor], torch.Tensor], recurse: bool) -> None:
+        if self.stale:
+            raise OffloadError("the memory of this module is being moved; call that afterwards")
         modules = list(self.module.modules()) if recurse else [self.module]
         offloaded = {key: _Held(placed, *found) for placed in self.parts for key, found in placed.tensors().items()}
         held = _held(modules, offloaded)
@@ -51,7 +65,6 @@ class GuardedApply:
             for found in held:
                 if found.member.outer is None:
                     self._apply_to(function, found)
-        return self.module
 
     def _check(self, function: Callable[[torch.Tensor], torch.Tensor], held: _Held) -> None:
         name, tensor = held.member.of_module
@@ -76,7 +89,8 @@ class GuardedApply:
             )
 
     def _apply_to(self, function: Callable[[torch.Tensor], torch.Tensor], held: _Held) -> None:
-        before = held.member.tensor.detach()
+        # Its home where a unit runs: a view of the slot would outlive that.
+        before = held.placed.data_of(held.entry, held.member)[0].detach()
         after = function(before)
         if after.numel() and after.data_ptr() != before.data_ptr():
             held.placed.write(held.entry, held.member, after)

@@ -11,8 +11,8 @@ from torch.utils.hooks import RemovableHandle
 
 from .guarded import home_view
 from .outputs import lies_in
+from .overrides import LeftOut, Override
 from .subclasses import inner_at, rebuilt
-from .wrapped import LeftOut
 
 if TYPE_CHECKING:
     from .staging import Stager
@@ -39,7 +39,7 @@ def homes_of(stager: Stager, units: Iterable[StagedUnit]) -> dict[nn.Module, Hom
     return {module: Homes(stager, tensors) for module, tensors in held.items()}
 
 
-class Saving:
+class Saving(Override):
     """Stands in the place of a module's `_save_to_state_dict`: no unit is left while a view of its slot is in the dict.
 
     Another thread would take that for a view that outlives its unit's forward.

@@ -9,11 +9,12 @@ import torch
 
 from ..errors import AliasError, OffloadError
 from .compiling import uncompiled
+from .overrides import Override
 
 if TYPE_CHECKING:
     from .units import StagedUnit
 
-__all__ = ["refuse_lost_writes", "refuse_script", "refuse_tracing", "said_of"]
+__all__ = ["ScriptRefusal", "refuse_lost_writes", "refuse_tracing", "said_of"]
 
 _KEYS: Final = torch._C._TorchDispatchModeKey
 _MODES: Final = {
@@ -61,12 +62,14 @@ def refuse_lost_writes(unit: StagedUnit, *, mapped: bool) -> None:
         )
 
 
-def refuse_script() -> NoReturn:
+class ScriptRefusal(Override):
     """The `__prepare_scriptable__` of an offloaded module."""
-    raise OffloadError(
-        "an offloaded module cannot be scripted: compiled code holds its tensors itself, so that none can be "
-        "exchanged; use torch.compile, or restore_() the module first"
-    )
+
+    def __call__(self) -> NoReturn:
+        raise OffloadError(
+            "an offloaded module cannot be scripted: compiled code holds its tensors itself, so that none can be "
+            "exchanged; use torch.compile, or restore_() the module first"
+        )
 
 
 def said_of(unit: StagedUnit, error: RuntimeError) -> RuntimeError | OffloadError:

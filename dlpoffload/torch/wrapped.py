@@ -12,21 +12,9 @@ from torch import nn
 
 from ..errors import OffloadError
 from .gate import Gate
+from .overrides import LeftOut
 
-__all__ = ["HeldForward", "LeftOut", "SleepingForward", "WrappedForward", "exchange"]
-
-
-class LeftOut:
-    """What a deep copy of an offloaded module has where something of ours was, until `copying` takes it out.
-
-    Attributes
-    ----------
-    before
-        A copy of what had been there before ours; None for nothing.
-    """
-
-    def __init__(self, before: object) -> None:
-        self.before = before
+__all__ = ["HeldForward", "SleepingForward", "WrappedForward", "exchange"]
 
 
 class WrappedForward:
