@@ -17,7 +17,7 @@ from torch import nn
 
 from ..errors import ClosedError, OffloadError, PlanError, SpecError
 from ..planning import Plan
-from .copying import DeepCopy, refuse_copy, refuse_pickle
+from .copying import DeepCopy, refuse_copy, refuse_pickle, standing_aside
 from .device_map import Budgets, DeviceMap, Parts, by_device
 from .gate import Gate
 from .handle import OffloadHandle
@@ -169,8 +169,8 @@ class SplitHandle:
             device; nothing has changed.
         SlotError
             A unit is running, or a captured graph can still be replayed; nothing has changed.
-        HostMemoryError, DeviceMemoryError
-            Memory was refused; the module is restored, every tensor in ordinary memory.
+        HostMemoryError, DeviceMemoryError, CudaError
+            Memory was refused, or a driver call failed; the module is restored, every tensor in ordinary memory.
         """
         with self._lock, self._gate.moving("refreshed"):
             self._open()
@@ -188,10 +188,8 @@ class SplitHandle:
                         handle.module, handle._offloading = parts.roots[device], ready[device]
                         with _said_of(device):
                             handle.refresh_()
-                except BaseException:
-                    for handle in self._handles.values():
-                        handle.restore_()
-                    self._restored = True
+                except BaseException as error:
+                    self._restore(error)
                     raise
                 self._parts = parts
                 self._install()
@@ -297,10 +295,10 @@ class SplitHandle:
     # ------------------------------------------------------------------------------------ copies, end
     @contextmanager
     def copyable(self) -> Iterator[Sequence[Placed]]:
-        """Let the module be deep-copied for the length of a block; see `Installed.copyable`."""
+        """Let this thread deep-copy the module for the length of a block, while others may run it."""
         with self._lock, ExitStack() as copying:
             handles = self._open()
-            copying.enter_context(self._installed.copyable())
+            copying.enter_context(standing_aside(self))
             yield [placed for handle in handles for placed in copying.enter_context(handle.copyable())]
 
     def offload_like(self, module: nn.Module) -> SplitHandle:
@@ -316,17 +314,33 @@ class SplitHandle:
         ------
         SlotError
             A unit is running, or a captured graph can still be replayed. Nothing has changed then.
+        CudaError
+            Work failed, and nothing has changed; or a driver would not destroy what belonged to a ring, and all is
+            restored.
         """
         with self._lock, self._gate.moving("restored"):
             if not self._restored:
-                with self._closable(), self._holding():
-                    try:
-                        with ExitStack() as every:
-                            for handle in self._handles.values():
-                                every.callback(handle.restore_)  # whichever of them raises
-                    finally:
-                        self._restored = all(handle.restored for handle in self._handles.values())
+                with self._closable():
+                    for handle in self._handles.values():
+                        handle._placed.driver.synchronize()  # what failed on one device is heard before any is restored
+                    with self._holding():
+                        self._restore(None)
         return self.module
+
+    def _restore(self, because: BaseException | None) -> None:
+        """Restore every part, whichever of them raises: the first error, or that for which all this is done."""
+        first = because
+        for handle in self._handles.values():
+            try:
+                handle.restore_()
+            except Exception as refused:
+                if first is None:
+                    first = refused
+                else:
+                    first.add_note(f"and what is on {handle.device}: {refused}")
+        self._restored = all(handle.restored for handle in self._handles.values())
+        if first is not None and because is None:
+            raise first
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
         refuse_copy(memo)

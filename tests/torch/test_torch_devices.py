@@ -27,9 +27,11 @@ from split_models import (  # noqa: E402
 )
 from torch import Tensor, nn  # noqa: E402
 
+from dlpoffload import driver as drivers  # noqa: E402
 from dlpoffload import lifetime, live_buffers  # noqa: E402
 from dlpoffload.errors import (  # noqa: E402
     ClosedError,
+    CudaError,
     DeviceMemoryError,
     GradientError,
     HostMemoryError,
@@ -695,6 +697,50 @@ def test_a_host_that_refuses_the_second_device_wakes_the_first(two_cpus: Callabl
 
 
 # ----------------------------------------------------------------------------------------- nothing half done
+
+
+def failing(driver: Any, call: str, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a driver's next calls of one name fail after they did what they do."""
+    real, left = getattr(driver, call), [times]
+
+    def called(*arguments: Any) -> Any:
+        result = real(*arguments)
+        left[0] -= 1
+        if left[0] >= 0:
+            raise CudaError(call, 999, "CUDA_ERROR_UNKNOWN")
+        return result
+
+    monkeypatch.setattr(driver, call, called)
+
+
+def test_work_that_failed_on_one_device_keeps_all_offloaded(
+    two_cpus: Callable[..., SecondCpu], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, reference, handle = tower()
+    failing(drivers.open_driver("cpu:1"), "synchronize", 1, monkeypatch)
+    with pytest.raises(CudaError, match="synchronize"):
+        handle.restore_()
+    assert not handle.restored
+    check(module, reference)
+    assert len(handle.report(link=False)) == 2
+    handle.restore_()
+    assert handle.restored
+
+
+@pytest.mark.parametrize("call", ["restore_", "refresh_"])
+def test_a_ring_that_is_not_destroyed_whole_restores_every_part(
+    two_cpus: Callable[..., SecondCpu], monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    module, reference, handle = tower()
+    check(module, reference)
+    for device in ("cpu", "cpu:1"):
+        failing(drivers.open_driver(device), "event_destroy", 1 << 30, monkeypatch)
+    with pytest.raises(CudaError, match="event_destroy"):
+        getattr(handle, call)()
+    assert handle.restored
+    assert all(part.restored for part in handle._handles.values())
+    assert not [inside for inside in module.modules() if "forward" in inside.__dict__ or "_apply" in inside.__dict__]
+    check(module, reference)
 
 
 def test_what_fails_on_the_way_is_undone_on_every_device(two_cpus: object, monkeypatch: pytest.MonkeyPatch) -> None:
