@@ -213,11 +213,11 @@ class Stager:
             # backward, as a write is, but one to copy again.
             read = [staged for staged in unit.members if was_read(staged.tensor)]
             written = [staged for staged in unit.members if staged.was_written()]
-            for staged in written:
-                staged.version = staged.member.version
-                unit.touch(staged)
             if (written or read) and not restored:
                 self.ring.changed_on_stream(unit.name, stream=current_stream(self.device))
+            for staged in written:  # now that no slot has what was there before
+                staged.version = staged.member.version
+                unit.touch(staged)
 
     def _go_home(self, unit: StagedUnit, lease: Lease) -> None:
         """On leaving: bring home what the unit's forward wrote into the slot, or put in its place."""

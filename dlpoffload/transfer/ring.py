@@ -309,18 +309,15 @@ class SlotRing(Closing):
             The slot that has the new bytes itself, written by work on `stream`. Its readers wait for that work, too.
         """
         handle = stream_handle(stream)
-        with self._lock, self.driver.current():
+        with self._lock, rolled_back() as undo, self.driver.current():
             self._slab(unit)
+            undo.append(partial(self._forget, unit, None))  # written it is all the same
             timeline = self._timelines.of(handle)
             kept = next((s for s in timeline.states if s.slot is valid and s.holds == unit), None)
             self._forget(unit, kept)
-            try:
-                timeline.events.mark(timeline.written.setdefault(unit, {}), handle)
-                if kept is not None:
-                    self.driver.event_record(kept.ready, handle)
-            except BaseException:
-                self._forget(unit, None)
-                raise
+            timeline.events.mark(timeline.written.setdefault(unit, {}), handle)
+            if kept is not None:
+                self.driver.event_record(kept.ready, handle)
 
     def _forget(self, unit: str, kept: SlotState | None) -> None:
         for state in self._states():
