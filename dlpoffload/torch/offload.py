@@ -110,7 +110,8 @@ def offload_(
         What is staged together: patterns on module paths (``"model.layers.*"``). Left out, the repeated containers
         are found. See `planning.choose_units`.
     slots
-        Slots of the ring: 2 when left out, which overlaps copies with compute.
+        Slots of the ring: 2 when left out, which overlaps copies with compute, and one more for each staged unit that
+        others run inside of.
     policy
         Where what lives: `planning.balanced`, `all_mapped`, `all_staged`, a `pattern_policy`, or your own.
     cost

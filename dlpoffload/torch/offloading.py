@@ -81,10 +81,17 @@ class Offloading:
         return entries, self._nested(planned, units if chosen is None else chosen, mapped)
 
     def _nested(self, planned: Callable[..., Plan], units: Any, mapped: bool) -> Plan:
-        """A plan with slots enough where units run inside of each other: each of them holds one."""
+        """A plan with slots enough where units run inside of each other: each of them holds one.
+
+        One more is filled meanwhile, where the budget has it for the same units; smaller units are the last resort.
+        """
         made = planned(units)
         if made.at_once > 1 and self.slots is None:
-            for slots in (made.at_once + 1, made.at_once):  # one that is filled meanwhile, where the budget has it
+            more = [slots for slots in (made.at_once + 1, made.at_once) if slots > made.slots]
+            for slots in more:
+                with suppress(PlanError):
+                    return planned(made.units, slots)
+            for slots in more if made.at_once > made.slots else ():
                 with suppress(PlanError):
                     return planned(units, slots)
         if made.at_once > made.slots and not mapped:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -189,3 +190,53 @@ def test_rates_of_the_link_leave_what_memory_is_to_the_driver(cpu_driver: Callab
     handle.restore_()
     handle = offload_(tower, nbytes // 2, device="cpu", cost=CostModel(memory="separate"), units=["layers.*"])
     assert handle.plan.nbytes(Placement.HOST_STAGED) > 0
+
+
+class Vision(torch.nn.Module):
+    """Blocks inside of a root with parameters of its own, and one below that with another and a shared table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.place = torch.nn.Parameter(torch.randn(8, 32))
+        self.token = torch.nn.Parameter(torch.randn(32))
+        self.body = Tower(6, 32)
+        self.body.scale = torch.nn.Parameter(torch.randn(32))
+        self.body.shift = torch.nn.Parameter(torch.randn(32))
+
+    def forward(self, x: Any) -> Any:
+        return self.body(x + self.place + self.token)
+
+
+class Scaled(Tower):
+    def forward(self, x: Any) -> Any:
+        return super().forward(x * self.scale + self.shift)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"pageable": "always"}, {"pageable": "always", "stage_unmapped": True}], ids=str
+)
+def test_units_that_run_inside_of_each_other_have_a_slot_each(device: str, options: dict[str, Any]) -> None:
+    torch.manual_seed(1)
+    module = Vision().requires_grad_(False)
+    module.body.__class__ = Scaled
+    x = torch.randn(8, 32).to(device)
+    wanted = copy.deepcopy(module).to(device)(x)
+    policy = {} if "stage_unmapped" in options else {"policy": all_staged}
+    handle = offload_(module, "80KiB", device=device, units=["body.layers.*"], **policy, **options)
+    for _ in range(3):
+        assert same(module(x), wanted)
+    report = handle.report(link=False)
+    assert report.stats.mapped_runs == 0
+    if policy:
+        assert [unit.name for unit in handle.plan.streamed_units][-2:] == ["*", "body.*"]
+        assert (handle.plan.at_once, handle.plan.slots) == (3, 4)
+
+
+def test_too_few_slots_for_units_inside_of_each_other(device: str) -> None:
+    module = Vision().requires_grad_(False)
+    options: dict[str, Any] = {"device": device, "policy": all_staged, "units": ["body.layers.*"], "slots": 2}
+    with pytest.raises(PlanError, match=r"3 units run inside of each other .* has 2: say slots=4"):
+        offload_(module, "64KiB", pageable="always", **options)
+    handle = offload_(module, "64KiB", **options)  # from mapped memory, which the report counts
+    module(torch.randn(8, 32).to(device))
+    assert handle.report(link=False).stats.mapped_runs > 0
