@@ -54,7 +54,7 @@ def test_every_call_of_every_operation_may_fail(names: list[str]) -> None:
         ("torch.handle.retired = lambda placed: placed.retire()", "torch: sleep", '"event_destroy", 1, "passing"'),
         ("torch.placed.Placed.undo = lambda _: None", "torch: offload_, staged", '"event_create", 1, "passing"'),
         ("torch.placed.Placed._unmark = lambda _: None", "torch: restore_", '"event_destroy", 1, "passing"'),
-        ("transfer.lease.Lease.abandon = lambda _: None", BACKWARD, '"stream_wait_event", 2, "passing"'),
+        ("transfer.lease.Lease.abandon = lambda _: None", BACKWARD, '"stream_wait_event", 1, "passing"'),
         ("torch.units.StagedUnit.untouched = lambda *_: True", WRITING, '"event_record", 9, "passing"'),
         ("lifetime._release = lambda _: None", "torch: offload_, mapped", '"host_device_pointer", 1, "passing"'),
     ],
