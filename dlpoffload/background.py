@@ -67,6 +67,12 @@ class Background:
         """Stop behind the step that is under way. Idempotent; what is there stays there."""
         self._cancelled.set()
 
+    def cancel_with(self, owner: object) -> None:
+        """Cancel when `owner` is dropped, or at the end of the process: nobody waits for the rest."""
+        # Not by `self.cancel`: what a finalizer holds lives as long as its owner, and a traceback of the error that
+        # wait() raised holds the frame, and with it the owner.
+        weakref.finalize(owner, self._cancelled.set)
+
     def wait(self, nbytes: int | None = None, timeout_s: float | None = None) -> bool:
         """Block until the first `nbytes` are there, all by default.
 
@@ -91,7 +97,7 @@ class Background:
             if self._done_nbytes >= wanted and (nbytes is not None or self._error is None):
                 return True
             if self._error is not None:
-                raise self._error
+                raise self._error.with_traceback(None)  # whose frames are those of the last wait
         raise ClosedError(
             f"pinning was cancelled after {format_nbytes(self._done_nbytes)} of {format_nbytes(self.nbytes)}, and "
             f"the first {format_nbytes(wanted)} were asked for; make a new one"

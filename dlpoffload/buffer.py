@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -29,8 +28,7 @@ class Buffer(Closing):
         self._nbytes = block.nbytes
         self._pinning = pinning
         if pinning is not None:
-            # Dropped, or at the end of the process: nobody waits for the rest. What is viewed lives on.
-            weakref.finalize(self, pinning.cancel)
+            pinning.cancel_with(self)  # what is viewed lives on
             pinning.start()
 
     def _open_block(self) -> Block:

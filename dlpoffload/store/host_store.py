@@ -349,7 +349,7 @@ class HostStore(FilledTensors):
     def _pin(self, progress: Progress | None, *more: tuple[int, Callable[[], object]]) -> None:
         steps = [*((home.nbytes, home.open) for home in self._homes), *more]
         self._pinning = Background(steps, sum(nbytes for nbytes, _ in steps), progress)
-        weakref.finalize(self, self._pinning.cancel)
+        self._pinning.cancel_with(self)
         self._pinning.start()
 
 

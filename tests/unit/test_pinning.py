@@ -327,6 +327,35 @@ def test_progress_that_raises_is_raised_by_wait() -> None:
     buffer.close()
 
 
+@pytest.mark.parametrize("way", ["buffer", "map_file", "copy_of"])
+def test_an_error_that_was_raised_by_wait_holds_no_memory(tmp_path: Path, rng: Any, way: str) -> None:
+    checkpoint(tmp_path / "x.safetensors", rng)
+    before = dlpo.pinned_nbytes(), dlpo.live_buffers()
+    seen: list[int] = []
+
+    def stop(done: int, total: int) -> None:
+        seen.append(done)
+        if len(seen) == 1:
+            raise KeyError(done)
+
+    def use() -> None:
+        if way == "buffer":
+            pinned: Any = HostBuffer.allocate(12 * MIB, device="cpu", background=True, progress=stop)
+        else:
+            pinned = getattr(HostStore, way)(tmp_path, device="cpu", background=True, progress=stop)
+        for _ in range(2):
+            with pytest.raises(KeyError):
+                pinned.pinning.wait(timeout_s=20)
+        if way == "map_file":
+            pinned.host_view("1.w")
+        assert dlpo.pinned_nbytes() > before[0]
+
+    use()
+    gc.collect()
+    lifetime.drain()
+    assert (dlpo.pinned_nbytes(), dlpo.live_buffers()) == before
+
+
 def test_a_store_is_pinned_in_the_background_and_used_out_of_turn(slow: Slow) -> None:
     specs = {f"{n}.w": TensorSpec((MIB,), "uint8") for n in range(4)}
     store = HostStore.allocate(specs, units={str(n): (f"{n}.w",) for n in range(4)}, device="cpu", background=True)
