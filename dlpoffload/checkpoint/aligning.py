@@ -58,12 +58,15 @@ def align(source: str | os.PathLike[str], target: str | os.PathLike[str], progre
     ------
     CheckpointError
         `source` is damaged, changes meanwhile, or is what would be written; `target` cannot be written (a full or
-        read-only disk, no permission).
+        read-only disk, no permission), or is a device, a pipe or a socket.
     """
     target = Path(target)
     with open_checkpoint(source) as checkpoint:
         shards, sharded = checkpoint.shards(), checkpoint.path.suffix == ".json"
         paths = _targets(checkpoint.path, shards, target, sharded)
+        index = target / checkpoint.path.name
+        for path in [*paths, index] if sharded else paths:
+            _check_replaceable(path)
         before = after = done = 0
         for shard, path in zip(shards, paths, strict=True):
             tensors = {n: ToStore(s.stored_dtype, s.stored_shape, s.nbytes) for n, s in shard.tensors.items()}
@@ -74,7 +77,6 @@ def align(source: str | os.PathLike[str], target: str | os.PathLike[str], progre
             done += sum(stored.nbytes for stored in shard.tensors.values())
         files = list(paths)
         if sharded:
-            index = target / checkpoint.path.name
             text = index_text(checkpoint.path)
             _replace(index, 0o644, lambda file: file.write(text))
             files.append(index)
@@ -92,6 +94,16 @@ def _targets(source: Path, shards: list[Shard], target: Path, sharded: bool) -> 
         if path.exists() and os.path.samestat(os.fstat(shard.file.fileno()), path.stat()):
             raise CheckpointError(f'"{path}" is what is to be aligned; name another file to write')
     return paths
+
+
+def _check_replaceable(path: Path) -> None:
+    """Refuse to put a file in the place of a device, a pipe or a socket, which others use by that name."""
+    try:
+        mode = path.stat().st_mode  # of what a link leads to
+    except OSError:
+        return  # there is nothing, or whoever writes there is told why that cannot be
+    if not stat.S_ISREG(mode):
+        raise CheckpointError(f'"{path}" is there and no regular file, so it is not replaced; name another file')
 
 
 def _is_aligned(byte_offset: int, nbytes: int) -> bool:

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -113,6 +114,30 @@ def test_the_source_is_never_written(tmp_path: Path, rng: Any, way: str) -> None
     with pytest.raises(CheckpointError, match="name another file"):
         dlpo.align(path, target)
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("way", ["fifo", "a link to a device", "a folder", "socket"])
+def test_what_is_no_regular_file_is_not_replaced(tmp_path: Path, rng: Any, way: str) -> None:
+    source, out = tmp_path / "x.safetensors", tmp_path / "out"
+    out.mkdir()
+    safetensors_numpy.save_file(tensors_of(rng), source)
+    index = {"weight_map": dict.fromkeys(tensors_of(rng), source.name)}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    for given, name in ((source, "x.safetensors"), (tmp_path, "model.safetensors.index.json")):
+        target = out / name
+        if way == "fifo":
+            os.mkfifo(target)
+        elif way == "socket":
+            os.mknod(target, stat.S_IFSOCK | 0o600)
+        elif way == "a folder":
+            (target / name).mkdir(parents=True)
+        else:
+            target.symlink_to("/dev/null")
+        before = target.lstat()
+        with pytest.raises(CheckpointError, match=rf"{name}.*no regular file"):
+            dlpo.align(given, target if given == source and way != "a folder" else out)
+        assert (os.listdir(out), target.lstat()) == ([name], before)
+        target.rename(tmp_path / f"moved {name}")
 
 
 def test_a_disk_that_is_full_or_read_only_leaves_nothing(
