@@ -9,7 +9,6 @@ import errno
 import mmap
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -21,6 +20,7 @@ from .errors import RegistrationError
 from .memfile import is_in_memory
 from .pages import host_threads
 from .promises import Promise
+from .readers import Readers
 from .registrations import Registration, registrations
 
 __all__ = ["check_mappable", "map_file_range"]
@@ -163,9 +163,11 @@ def _read(path: Path, descriptor: int, start: int, nbytes: int, threads: int) ->
     def read(at: int) -> int:
         return len(os.pread(descriptor, min(_READ_NBYTES, start + nbytes - at), at))
 
-    with ThreadPoolExecutor(threads, thread_name_prefix="dlpoffload-read") as pool:
+    with Readers(threads) as readers:
         try:
-            found = sum(pool.map(read, range(start, start + nbytes, _READ_NBYTES)))
+            for at in range(start, start + nbytes, _READ_NBYTES):
+                readers.submit(partial(read, at))
+            found = sum(readers.results(readers.pending, block=True))
         except OSError as error:
             raise RegistrationError(f'"{path}" cannot be read: {error.strerror}; check the disk') from error
     if found < nbytes:

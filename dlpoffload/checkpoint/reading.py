@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from queue import Empty, SimpleQueue
+from functools import partial
 from typing import Final
 
 from ..errors import CheckpointError
+from ..readers import Readers
 from .assembly import Assembly
 from .shard import Shard
 
@@ -103,43 +103,30 @@ def read_into(
 ) -> None:
     """Fill slabs from the files that each tensor lies in; see `Checkpoint.read_into`."""
     held: list[memoryview] = []
-    ended: SimpleQueue[Future[int]] = SimpleQueue()
-    pending = done = 0
+    done = 0
     scrap = memoryview(bytearray(_GAP_NBYTES))
-    pool = ThreadPoolExecutor(_READERS, thread_name_prefix="dlpoffload-read")
 
     def collect(most: int, *, block: bool) -> None:
-        nonlocal pending, done
-        for count in _ended(ended, most, block=block):
-            pending, done = pending - 1, done + count
+        nonlocal done
+        for count in readers.results(most, block=block):
+            done += count
             if progress is not None:
                 progress(done, nbytes)
 
     try:
-        for slab, byte_offsets in slabs:
-            held.append(slab)
-            for reads in _together(_reads(homes, byte_offsets, assemblies)):
-                pool.submit(_run, reads, slab, scrap).add_done_callback(ended.put)
-                pending += 1
-                collect(pending - _PENDING, block=True)
-            collect(pending, block=False)
-        collect(pending, block=True)
+        with Readers(_READERS) as readers:  # which ends when no thread writes any more
+            for slab, byte_offsets in slabs:
+                held.append(slab)
+                for reads in _together(_reads(homes, byte_offsets, assemblies)):
+                    readers.submit(partial(_run, reads, slab, scrap))
+                    collect(readers.pending - _PENDING, block=True)
+                collect(readers.pending, block=False)
+            collect(readers.pending, block=True)
     finally:
-        pool.shutdown(cancel_futures=True)  # returns when no thread writes any more
         for slab in held:
             slab.release()
     for shard in dict.fromkeys(homes.values()):
         shard.check_unchanged()
-
-
-def _ended(ended: SimpleQueue[Future[int]], pending: int, *, block: bool) -> Iterator[int]:
-    """Bytes of the reads that have ended, of so many when `block`. Raises what a read raised."""
-    for _ in range(pending):
-        try:
-            future = ended.get(block)
-        except Empty:
-            return
-        yield future.result()
 
 
 def _run(reads: list[_Read], slab: memoryview, scrap: memoryview) -> int:
