@@ -95,9 +95,10 @@ class Home:
                 self.buffer, self._shift = other.buffer, other._shift
 
     def take(self) -> HostBuffer | None:
-        """Take the buffer away, if there is one."""
+        """Take the buffer away, if there is one, for good: who is about to open the home does not make another."""
         with self._lock:
             buffer, self.buffer = self.buffer, None
+            self._make = _gone
             return buffer
 
 

@@ -39,7 +39,7 @@ from dlpoffload.driver.cpu import CpuDriver
 from dlpoffload.driver.topology import numa_node_of
 from dlpoffload.errors import AliasError, ClosedError, HostMemoryError, RegistrationError, SpecError
 from dlpoffload.limits import check_host_budget, host_limits
-from dlpoffload.store import files, pinned
+from dlpoffload.store import files, homes, pinned
 
 np = pytest.importorskip("numpy")
 save_file = pytest.importorskip("safetensors.numpy").save_file
@@ -447,6 +447,31 @@ def test_a_cancelled_copy_reads_the_rest_when_it_is_used(slow: Slow, tmp_path: P
     store.close()
     with pytest.raises(SpecError, match="background=True reads a path"):
         HostStore.copy_of(tensors, device="cpu", background=True)
+
+
+@pytest.mark.parametrize("how", ["done", "cancelled"])
+@pytest.mark.parametrize("way", ["copy_of", "map_file"])
+def test_closed_by_another_thread_while_a_tensor_is_looked_up(
+    tmp_path: Path, rng: Any, way: str, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint(tmp_path / "x.safetensors", rng)
+    before = dlpo.live_buffers()
+    store = getattr(HostStore, way)(tmp_path, device="cpu", background=True)
+    if how == "cancelled":
+        store.pinning.cancel()
+    store.pinning.join()
+    place = homes.Home.place
+
+    def late(home: homes.Home, byte_offset: int) -> Any:  # between the look at the store and the one at its home
+        closing = threading.Thread(target=store.close)
+        closing.start()
+        closing.join()
+        return place(home, byte_offset)
+
+    monkeypatch.setattr(homes.Home, "place", late)
+    with pytest.raises(ClosedError, match="closed with its store"):
+        store.host_view("0.w")
+    assert dlpo.live_buffers() == before
 
 
 @pytest.mark.parametrize("end", ["sys.exit(3)", "os.kill(os.getpid(), signal.SIGINT); time.sleep(20)", "forked()"])
