@@ -10,7 +10,8 @@ from __future__ import annotations
 import mmap
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
@@ -70,6 +71,23 @@ class Told:
             done = self._done
         if self._progress is not None:  # not under the lock: it may use the store, and so map what is not there yet
             self._progress(done, self.total)
+
+    @contextmanager
+    def chunk(self) -> Iterator[Callable[[int], None]]:
+        """Count one chunk; when mapping it fails, it is not there, and will be counted anew."""
+        counted = 0
+
+        def count(nbytes: int) -> None:
+            nonlocal counted
+            counted += nbytes
+            self(nbytes)
+
+        try:
+            yield count
+        except BaseException:
+            with self._lock:
+                self._done -= counted
+            raise
 
 
 @dataclass(slots=True)
@@ -170,9 +188,9 @@ def _chunks(extents: Sequence[_Extent], unit_of: Mapping[str, str]) -> Iterator[
 
 def _map(watch: Watch, start: int, nbytes: int, driver: Driver, memory: Memory, told: Told) -> tuple[HostBuffer, int]:
     watch.check_unchanged()
-    with owned_by(memory.owner):
+    with owned_by(memory.owner), told.chunk() as done:
         block, shift = map_file_range(
-            watch.path, watch.descriptor, start, nbytes, driver, host_budget=memory.host_budget, done=told
+            watch.path, watch.descriptor, start, nbytes, driver, host_budget=memory.host_budget, done=done
         )
     return HostBuffer(block), shift
 

@@ -433,6 +433,26 @@ def test_progress_may_use_the_store(tmp_path: Path, way: str, monkeypatch: pytes
     store.close()
 
 
+def test_a_chunk_whose_progress_raised_is_not_counted_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_CHUNK_NBYTES", PAGE)
+    save_file({name: np.full(PAGE, ord(name), np.uint8) for name in "abc"}, tmp_path / "w.safetensors")
+    seen: list[tuple[int, int]] = []
+
+    def look(done: int, total: int) -> None:
+        seen.append((done, total))
+        if len(seen) == 2:
+            raise KeyError(done)
+
+    with HostStore.map_file(tmp_path, device="cpu", background=True, progress=look) as store:
+        assert store.pinning is not None
+        with pytest.raises(KeyError):
+            store.pinning.wait(timeout_s=20)
+        for name in store:
+            store.host_view(name)
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert (seen[1], seen[-1][0]) == (seen[2], seen[-1][1])
+
+
 def test_a_cancelled_copy_reads_the_rest_when_it_is_used(slow: Slow, tmp_path: Path, rng: Any) -> None:
     tensors = checkpoint(tmp_path / "x.safetensors", rng)
     units = {str(n): (f"{n}.w",) for n in range(4)}
