@@ -74,7 +74,7 @@ class Background:
         weakref.finalize(owner, self._cancelled.set)
 
     def wait(self, nbytes: int | None = None, timeout_s: float | None = None) -> bool:
-        """Block until the first `nbytes` are there, all by default.
+        """Block until the first `nbytes` are there; by default all, and the last call of `progress` is done, too.
 
         Returns
         -------
@@ -91,8 +91,12 @@ class Background:
         wanted = self.nbytes if nbytes is None else min(nbytes, self.nbytes)
         if self._pid != os.getpid() and self._done_nbytes < wanted:
             raise ClosedError("a forked child has no thread that pins; allocate in the child, or wait before the fork")
+        # From `progress` nobody waits for its own end, and in a forked child for that of a thread it has not.
+        to_end = nbytes is None and self._thread is not threading.current_thread() and self._pid == os.getpid()
         with self._changed:
-            if not self._changed.wait_for(lambda: self._ended or self._done_nbytes >= wanted, timeout_s):
+            if not self._changed.wait_for(
+                lambda: self._ended or (not to_end and self._done_nbytes >= wanted), timeout_s
+            ):
                 return False
             if self._done_nbytes >= wanted and (nbytes is not None or self._error is None):
                 return True

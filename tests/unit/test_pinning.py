@@ -433,6 +433,32 @@ def test_progress_may_use_the_store(tmp_path: Path, way: str, monkeypatch: pytes
     store.close()
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_wait_returns_when_it_has_ended(fails: bool) -> None:
+    at_end, go = threading.Event(), threading.Event()
+    inside: list[bool] = []
+
+    def last(done: int, total: int) -> None:
+        if done == total:
+            at_end.set()
+            go.wait(20)
+            assert buffer.pinning is not None
+            inside.append(buffer.pinning.wait())  # which does not wait for itself
+            if fails:
+                raise KeyError(done)
+
+    buffer = HostBuffer.allocate(8 * MIB, device="cpu", background=True, chunk_nbytes=4 * MIB, progress=last)
+    assert buffer.pinning is not None
+    assert at_end.wait(20)
+    assert buffer.pinning.wait(8 * MIB, timeout_s=20)
+    assert not buffer.pinning.wait(timeout_s=0.05)
+    go.set()
+    with pytest.raises(KeyError) if fails else nullcontext():
+        assert buffer.pinning.wait(timeout_s=20)
+    assert (buffer.pinning.state, inside) == ("failed" if fails else "done", [True])
+    buffer.close()
+
+
 def test_a_chunk_whose_progress_raised_is_not_counted_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "_CHUNK_NBYTES", PAGE)
     save_file({name: np.full(PAGE, ord(name), np.uint8) for name in "abc"}, tmp_path / "w.safetensors")
