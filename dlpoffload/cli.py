@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 import threading
@@ -24,6 +25,8 @@ _MARKS: Final = {
     "missing": ("·", "yellow"),
     "failed": ("✗", "bold red"),
 }
+_ALIKE: Final = str.maketrans({"✓": "+", "·": "-", "✗": "x", "→": ">", "…": "~", "×": "x"})
+"""For a stream that has ASCII alone: as wide, so that columns stay."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     -------
     int
         0 when what is there works, 1 when a check failed, 2 when the question was wrong; 130 or 143 when it was
-        interrupted (SIGINT) or terminated (SIGTERM), after what was half done is taken back.
+        interrupted (SIGINT) or terminated (SIGTERM), after what was half done is taken back, and 141 when nobody
+        reads its output any more (SIGPIPE).
     """
     parser = argparse.ArgumentParser(
         prog="dlpoffload", description="Host memory for model weights, handed out as DLPack."
@@ -75,7 +79,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         with _terminable():
-            return _run(arguments)
+            code = _run(arguments)
+            if sys.stdout is not None:
+                sys.stdout.flush()  # here, where a broken pipe is caught
+            return code
+    except BrokenPipeError:
+        _drop_output()
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt as error:
         terminated = isinstance(error, _Terminated)
         print(f"dlpoffload {arguments.command}: {'terminated' if terminated else 'interrupted'}", file=sys.stderr)
@@ -109,6 +119,25 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+def _drop_output() -> None:
+    """What is not written yet would be tried again, with a traceback, when the interpreter ends."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, sys.stdout.fileno())
+    finally:
+        os.close(nowhere)
+
+
+def _say(text: str) -> None:
+    """Print a line; what the stream cannot encode as something alike, or else as its code."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        text = text.translate(_ALIKE).encode(encoding, "backslashreplace").decode(encoding)
+    print(text)
+
+
 def _align(source: str, target: str) -> int:
     from .checkpoint import align
 
@@ -119,8 +148,8 @@ def _align(source: str, target: str) -> int:
         print(f"dlpoffload align: {error}", file=sys.stderr)
         return 2
     for path in done.files:
-        print(path)
-    print(f"{done.aligned_after} of {done.tensors} tensors on 16 bytes, {done.aligned_before} before")
+        _say(str(path))
+    _say(f"{done.aligned_after} of {done.tensors} tensors on 16 bytes, {done.aligned_before} before")
     return 0
 
 
@@ -157,15 +186,13 @@ def _open(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(facts, indent=2))
         return 0
-    print(f"{facts['mode']} on {facts['device']}: {facts['because']}")
-    print(f"{facts['tensors']} tensors, {format_nbytes(store.nbytes)}, in {facts['seconds']} s")
-    print(
-        f"pinned {format_nbytes(int(str(facts['pinned_nbytes'])))}, of which in the page cache {facts['file_nbytes']}"
-    )
+    _say(f"{facts['mode']} on {facts['device']}: {facts['because']}")
+    _say(f"{facts['tensors']} tensors, {format_nbytes(store.nbytes)}, in {facts['seconds']} s")
+    _say(f"pinned {format_nbytes(int(str(facts['pinned_nbytes'])))}, of which in the page cache {facts['file_nbytes']}")
     if facts["unaligned"]:
-        print(f"{facts['unaligned']} tensors are not on 16 bytes: `dlpoffload align` rewrites the checkpoint")
+        _say(f"{facts['unaligned']} tensors are not on 16 bytes: `dlpoffload align` rewrites the checkpoint")
     for note in store.notes:
-        print(note)
+        _say(note)
     return 0
 
 
@@ -204,6 +231,7 @@ def _print(report: dict[str, Any]) -> None:
     from rich.text import Text
 
     console = Console(highlight=False)
+    console.begin_capture()  # rich says 1, "a check failed", to a broken pipe
     console.print(
         f"[bold]dlpoffload {report['dlpoffload']}[/bold]  on {report['device']}  "
         f"[dim]{report['system']}, Python {report['python']}[/dim]"
@@ -224,3 +252,4 @@ def _print(report: dict[str, Any]) -> None:
         console.print(f"[bold red]{len(failed)} failed: {', '.join(failed)}[/bold red]")
     else:
         console.print("[green]What is here works.[/green]")
+    _say(console.end_capture().rstrip("\n"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -390,6 +391,49 @@ def test_the_command_imports_no_framework() -> None:
     )
     assert run.stderr.strip() == ""
     assert json.loads(run.stdout)["healthy"] is True
+
+
+def command(*arguments: str, stdout: int, **environ: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [sys.executable, "-c", "import sys\nfrom dlpoffload.cli import main\nsys.exit(main())", *arguments],
+        env={**os.environ, "PYTHONPATH": str(Path(dlpoffload.__file__).parents[1]), **environ},
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    "arguments", [["doctor"], ["doctor", "--json"], ["open", "--json"], ["open"], ["align"]], ids=str
+)
+def test_output_that_nobody_reads_ends_it_quietly_as_sigpipe_does(
+    arguments: list[str], unbuffered: str, tmp_path: Path
+) -> None:
+    name, *options = arguments
+    if name == "doctor":
+        options += ["--device", "cpu"]
+    else:
+        path = tmp_path / "x.safetensors"
+        header = b'{"w":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}'
+        path.write_bytes(len(header).to_bytes(8, "little") + header + b"0")
+        options += [str(path), *([str(tmp_path / "y.safetensors")] if name == "align" else ["--device", "cpu"])]
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        run = command(name, *options, stdout=writer, PYTHONUNBUFFERED=unbuffered)
+    finally:
+        os.close(writer)
+    assert (run.returncode, run.stderr) == (141, b"")
+
+
+def test_a_stream_of_ascii_gets_the_table_all_the_same() -> None:
+    run = command("doctor", "--device", "cpu", stdout=subprocess.PIPE, PYTHONIOENCODING="ascii", COLUMNS="100")
+    assert (run.returncode, run.stderr) == (0, b"")
+    out = run.stdout.decode("ascii")
+    assert "What is here works." in out
+    assert any(re.match(r"\W*\+\W+live probe ", line) for line in out.splitlines())
+    assert max(map(len, out.splitlines())) <= 100
 
 
 def test_version_and_a_missing_command(capsys: pytest.CaptureFixture[str]) -> None:
