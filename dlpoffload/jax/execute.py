@@ -8,7 +8,8 @@ from typing import Any
 import jax
 from jax.extend import core
 
-from .program import Atom, Id, Program, Step, Value, scan_counts
+from .origins import scan_counts
+from .program import Atom, Id, Program, Step, Value
 from .report import ProgramReport
 from .scans import staged_scan
 from .schedule import Copy, Schedule

@@ -14,31 +14,13 @@ from typing import Any, Final
 from jax.extend import core
 
 from ..errors import PlanError
+from .origins import CALLS, FORMS, Origin, origins, scan_counts
 from .placing import Home
 
 __all__ = ["Id", "Program", "Step", "Value", "flatten"]
 
-_CALLS: Final = {
-    "jit": "jaxpr",
-    "pjit": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "core_call": "call_jaxpr",
-    "checkpoint": "jaxpr",
-    "remat": "jaxpr",
-    "remat2": "jaxpr",
-    "custom_jvp_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr",
-    "custom_vjp_call_jaxpr": "fun_jaxpr",
-}
-"""Calls that are their body, and the parameter that has it."""
 _PLAIN: Final = {"jit", "pjit", "closed_call", "core_call"}
 _REMAT: Final = {"checkpoint", "remat", "remat2"}
-_MERGES: Final = {
-    *("add", "add_any", "sub", "mul", "div", "max", "min", "select_n"),
-    *("dynamic_update_slice", "scatter", "scatter-add"),
-}
-"""What makes a weight and something else one tensor of the weight's shape."""
-_FORMS: Final = {"convert_element_type", "reshape", "transpose", "squeeze", "expand_dims", "copy", "copy_p"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +70,8 @@ class Program:
     merged : dict of Id to int
         What is as large as a weight and computed from it and something else, such as an adapter; and its bytes. It may
         also be an activation: a position's embedding added to it.
+    origins : dict of Id to Origin
+        What every result of a step is made of.
     """
 
     closed: Any
@@ -100,6 +84,7 @@ class Program:
     bases: dict[Id, int] = field(default_factory=dict)
     copies: dict[Id, int] = field(default_factory=dict)
     merged: dict[Id, int] = field(default_factory=dict)
+    origins: dict[Id, Origin] = field(default_factory=dict)
     _count: int = 0
 
     def new(self) -> Id:
@@ -152,7 +137,7 @@ def _append(program: Program, equation: Any, inputs: list[Atom]) -> Sequence[Ato
     bases = [program.bases.get(atom) if isinstance(atom, Id) else None for atom in inputs]
     weights = list(dict.fromkeys(base for base in bases if base is not None))
     name = equation.primitive.name
-    if name in _FORMS and len(weights) == 1 and len(inputs) == 1:
+    if name in FORMS and len(weights) == 1 and len(inputs) == 1:
         made = program.new()
         assert isinstance(inputs[0], Id)
         program.forms[made] = (inputs[0], equation)
@@ -161,8 +146,8 @@ def _append(program: Program, equation: Any, inputs: list[Atom]) -> Sequence[Ato
     stacks = [base for base in weights if program.homes[base].rows]
     places = {program.homes[base].unit for base in weights}
     # A plain call is always taken apart: what it makes of weights alone (a cast) may be saved for a backward pass.
-    if weights and name in _CALLS and (name in _PLAIN or len(places) > 1 or stacks):
-        inner = equation.params[_CALLS[name]]
+    if weights and name in CALLS and (name in _PLAIN or len(places) > 1 or stacks):
+        inner = equation.params[CALLS[name]]
         if name in _REMAT and equation.params.get("differentiated") and equation.params.get("prevent_cse"):
             inputs = _barrier(program, inputs)
         constants = [Value(c) for c in inner.consts] if isinstance(inner, core.ClosedJaxpr) else []
@@ -173,61 +158,31 @@ def _append(program: Program, equation: Any, inputs: list[Atom]) -> Sequence[Ato
         step.stacks = _scanned(program, equation, inputs, stacks)
         step.weights = tuple(base for base in weights if base not in stacks)
     program.steps.append(step)
-    # That of a weight, of what is made of weights alone, of a constant; not of what depends on an activation.
-    alone = [base is not None or _is_copy(program, atom) for base, atom in zip(bases, inputs, strict=True)]
-    fixed = [isinstance(atom, Value) for atom in inputs]
-    results = zip(outputs, equation.outvars, made_alone(equation, alone, fixed), merged(equation, alone), strict=True)
-    for made, variable, copied, as_large in results:
-        if copied or as_large:
-            kept = program.copies if copied else program.merged
+    made_of = origins(equation, [_origin(program, atom) for atom in inputs])
+    for made, variable, origin in zip(outputs, equation.outvars, made_of, strict=True):
+        # Not a constant any more: a small weight times a table of positions is not a copy of the weight.
+        program.origins[made] = origin & ~Origin.CONSTANT
+        if origin & (Origin.WEIGHT | Origin.MERGED):
+            kept = program.copies if origin & Origin.WEIGHT else program.merged
             kept[made] = variable.aval.size * variable.aval.dtype.itemsize
     return outputs
 
 
-def _is_copy(program: Program, atom: Atom) -> bool:
-    return isinstance(atom, Id) and atom in program.copies
-
-
-def made_alone(equation: Any, alone: Sequence[bool], fixed: Sequence[bool]) -> list[bool]:
-    """Which results depend on weights, and on nothing else but constants; into a scan's body, too."""
-    everything = [a or f for a, f in zip(alone, fixed, strict=True)]
-    if equation.primitive.name != "scan":
-        return [any(alone) and all(everything)] * len(equation.outvars)
-    consts, carries, _ = scan_counts(equation.params)
-    jaxpr = equation.params["jaxpr"].jaxpr
-    known = {v: (a, f) for v, a, f in zip(jaxpr.invars, alone, fixed, strict=True)}
-    for variable in jaxpr.invars[consts : consts + carries]:
-        known[variable] = (False, False)  # what an earlier turn has computed
-    for inner in jaxpr.eqns:
-        states = [(False, True) if isinstance(v, core.Literal) else known.get(v, (False, True)) for v in inner.invars]
-        results = made_alone(inner, [a for a, _ in states], [f for _, f in states])
-        constant = all(f for _, f in states)
-        known.update((v, (made, constant)) for v, made in zip(inner.outvars, results, strict=True))
-    return [not isinstance(v, core.Literal) and known.get(v, (False, True))[0] for v in jaxpr.outvars]
-
-
-def merged(equation: Any, weights: Sequence[bool]) -> list[bool]:
-    """Which results are as large as a weight among the inputs, and made of it and something else; into bodies, too."""
-    name = equation.primitive.name
-    if name == "scan" or name in _CALLS:
-        body = equation.params["jaxpr" if name == "scan" else _CALLS[name]]
-        jaxpr = body.jaxpr if isinstance(body, core.ClosedJaxpr) else body
-        known = dict(zip(jaxpr.invars, weights, strict=True))
-        found: dict[Any, bool] = {}
-        for inner in jaxpr.eqns:
-            states = [not isinstance(v, core.Literal) and known.get(v, False) for v in inner.invars]
-            if inner.primitive.name in _FORMS:
-                known[inner.outvars[0]] = states[0]
-            found.update(zip(inner.outvars, merged(inner, states), strict=True))
-        return [not isinstance(v, core.Literal) and found.get(v, False) for v in jaxpr.outvars]
-    shapes = {v.aval.shape for v, weight in zip(equation.invars, weights, strict=True) if weight}
-    return [name in _MERGES and v.aval.ndim > 1 and v.aval.shape in shapes for v in equation.outvars]
+def _origin(program: Program, atom: Atom) -> Origin:
+    if isinstance(atom, Value):
+        return Origin.CONSTANT
+    base = program.bases.get(atom)
+    if base is None:
+        return program.origins.get(atom, Origin(0))
+    home = program.homes[base]
+    return Origin.WEIGHT | Origin.MATRIX if len(home.spec.shape) - bool(home.rows) > 1 else Origin.WEIGHT
 
 
 def _barrier(program: Program, inputs: Sequence[Atom]) -> list[Atom]:
     """What a checkpoint's second pass starts from, behind a barrier, as JAX itself lowers it."""
     computed = [atom for atom in inputs if isinstance(atom, Id) and atom not in program.bases]
     fresh = {atom: program.new() for atom in computed}
+    program.origins.update((made, program.origins[atom]) for atom, made in fresh.items() if atom in program.origins)
     if fresh:
         program.steps.append(Step(None, list(fresh), list(fresh.values())))
     return [fresh.get(atom, atom) if isinstance(atom, Id) else atom for atom in inputs]
@@ -254,12 +209,3 @@ def _scanned(program: Program, equation: Any, inputs: Sequence[Atom], stacks: Se
         "(jax.lax.scan, nnx.scan), leave its path out of stacked=, or, where that scan is inside of this loop or "
         "conditional, call handle.streamed in there"
     )
-
-
-def scan_counts(params: Mapping[str, Any]) -> tuple[int, int, int]:
-    """How many constants, carries and scanned arguments a scan has, by its parameters."""
-    if "num_consts" in params:  # JAX 0.10
-        consts, carry = params["num_consts"], params["num_carry"]
-        return consts, carry, len(params["jaxpr"].in_avals) - consts - carry
-    consts, carry, xs = (len(list(part)) for part in params["ft_in"].unpack())  # JAX 0.11
-    return consts, carry, xs

@@ -322,6 +322,51 @@ def test_adapters_that_are_merged_are_refused_where_they_would_be_kept(
         models.close(jax.jit(jax.grad(handle.streamed(model(block)), (1, 2)))(tree, adapter, x), wanted, 1e-4)
 
 
+MERGED: dict[str, Callable[..., Any]] = {
+    "cast": lambda w, ab: (w.astype(jnp.bfloat16) + ab.astype(jnp.bfloat16)).astype(jnp.float32),
+    "transposed": lambda w, ab: (w + ab).T,
+    "bounded": lambda w, ab: jnp.tanh(w + ab),
+    "flat": lambda w, ab: (w.reshape(-1) + ab.reshape(-1)).reshape(w.shape),
+    "scaled": lambda w, ab: (w * 2 + ab) / jnp.linalg.norm(w + ab, axis=0, keepdims=True),
+    "called": lambda w, ab: jax.nn.silu(jax.jit(jnp.add)(w, ab)),
+    "parts": lambda w, ab: jnp.concatenate(jnp.split(w + ab, 2, axis=1)[::-1], axis=1),
+}
+
+
+@pytest.mark.parametrize("merge", MERGED.values(), ids=MERGED)
+@pytest.mark.parametrize("stack", [False, True], ids=["loop", "scan"])
+def test_what_is_made_of_a_merged_weight_is_refused_as_that_is(
+    rng: np.random.Generator, device: str, stack: bool, merge: Callable[..., Any]
+) -> None:
+    tree, handle, adapter, x = wide(rng, device, stack)
+
+    def fun(p: Any, adapter: Any, x: Any) -> Any:
+        block = lambda x, w: (jnp.tanh(x @ merge(w, adapter[0] @ adapter[1])), None)  # noqa: E731
+        if stack:
+            return jax.lax.scan(block, x, p["layers"]["w"])[0].sum()
+        for layer in p["layers"]:
+            x, _ = block(x, layer["w"])
+        return x.sum()
+
+    with pytest.raises(PlanError, match="an adapter merged into them"):
+        jax.make_jaxpr(jax.grad(handle.streamed(fun), 1))(tree, adapter, x)
+
+
+def test_activations_behind_an_embedding_of_positions_are_no_merged_weights(x: Any, at: Any, device: str) -> None:
+    params = {**models.blocks(np.random.default_rng(0), 6), "positions": np.ones((256, models.WIDTH), np.float32)}
+    tree, handle = dj.offload(params, "160KiB", device=device, policy=all_staged, units=["layers.*", "positions"])
+    tokens = jnp.ones((256, models.WIDTH))
+
+    def loss(p: Any, tokens: Any) -> Any:
+        hidden = tokens @ p["layers"][0]["w"] + p["positions"]
+        for layer in p["layers"]:
+            hidden = hidden + models.block(layer, jax.nn.standardize(hidden))
+        return hidden.sum()
+
+    wanted = jax.grad(loss, 1)(models.resident(params), tokens)
+    models.close(jax.jit(jax.grad(handle.streamed(loss), 1))(tree, tokens), wanted, 1e-3)
+
+
 def test_one_kept_copy_of_a_unit_is_more_than_the_budget(rng: np.random.Generator, device: str) -> None:
     tree, handle, _, x = wide(rng, device, stack=False)
 
