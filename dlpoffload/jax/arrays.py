@@ -158,10 +158,14 @@ def _refuse_donation(array: jax.Array) -> None:
 def device_array(value: Any, device: Any) -> jax.Array:
     """An array in the device's own memory with these elements; `value` itself where it lies there already."""
     sharding = SingleDeviceSharding(device, memory_kind="device")
-    if isinstance(value, jax.Array):
-        return jax.device_put(value, sharding)
-    # JAX may keep a NumPy array's memory as it is, and so would see later writes to it: give it bytes of its own.
     driver = open_driver("cpu" if device.platform == "cpu" else f"cuda:{device.local_hardware_id}")
+    if isinstance(value, jax.Array):
+        array = jax.device_put(value, sharding)
+        # JAX takes mapped host memory for the device's own, and all memory on the CPU: a resident leaf over such bytes
+        # would be read over the link, and changed by whoever writes to them.
+        pinned = driver.pointer_info(array.unsafe_buffer_pointer()).kind == "pinned"
+        return jax.numpy.copy(array).block_until_ready() if pinned else array
+    # JAX may keep a NumPy array's memory as it is, and so would see later writes to it: give it bytes of its own.
     spec = view_of(value).spec
     buffer = HostBuffer.copy_of(value, device=driver.device)
     copied = array_view(buffer.host_view(spec.shape, spec.dtype, label=host_label(driver)))

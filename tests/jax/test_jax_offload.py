@@ -128,6 +128,17 @@ def test_numpy_memory_is_not_shared(params: dict[str, Any], at: Any, device: str
     assert bits(tree["layers"][0]["w"]) == before
 
 
+def test_a_resident_leaf_has_no_bytes_of_a_host_leaf(params: dict[str, Any], at: Any, device: str) -> None:
+    mapped, owner = dj.offload(params, 0, device=device, policy=all_mapped)
+    tree, handle = dj.offload(mapped, "1GiB", device=device)
+    new = handle.update("layers.1.w", mapped["layers"][0]["w"])
+    before = bits(mapped["layers"][0]["w"])
+    owner.overwrite_("layers.0.w", np.zeros((64, 64), np.float32))
+    theirs = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(mapped)}
+    assert not theirs & {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves((tree, new))}
+    assert bits(tree["layers"][0]["w"] + 0) == bits(new["layers"][1]["w"] + 0) == before
+
+
 def test_update_gives_a_new_tree_and_old_ones_keep_their_values(params: dict[str, Any], at: Any, device: str) -> None:
     tree, handle = dj.offload(params, 3 * models.BLOCK_NBYTES, device=device, units=["layers.*"])
     placements = {handle.plan.placements[f"layers.{i}.w"] for i in range(6)}
