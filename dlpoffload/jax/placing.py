@@ -184,7 +184,8 @@ class Placed:
         if view.read_only:
             raise AliasError(f'the bytes of "{name}" are read-only (a mapped file?); use update("{name}", …)')
         source = HostBuffer.copy_of(value, device=self.driver.device)
-        jax.block_until_ready([array for array in jax.live_arrays(self.device.platform) if not array.is_deleted()])
+        for array in jax.live_arrays(self.device.platform):
+            _wait(array)
         self.driver.synchronize()
         view.memoryview()[:] = source.memoryview()
 
@@ -192,6 +193,14 @@ class Placed:
     def host_nbytes(self) -> int:
         """Bytes of host memory that were allocated."""
         return 0 if self._store is None else self._store.host_nbytes
+
+
+def _wait(array: jax.Array) -> None:
+    """Wait until an array is computed, if it is to be: other threads delete and donate arrays meanwhile."""
+    try:
+        array.block_until_ready()
+    except jax.errors.JaxRuntimeError:
+        return  # it is deleted, or its computation failed, and so is at an end
 
 
 def usable_in_place(value: Any, driver: Driver) -> bool:

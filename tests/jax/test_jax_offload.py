@@ -169,6 +169,24 @@ def test_overwriting_reaches_every_tree(params: dict[str, Any], at: Any, device:
     models.close(after, jax.jit(models.unrolled)(models.resident(params), x))
 
 
+def test_overwriting_while_another_thread_donates(
+    params: dict[str, Any], at: Any, device: str, monkeypatch: Any
+) -> None:
+    tree, handle = dj.offload(params, 2 * models.BLOCK_NBYTES, device=device, policy=all_staged, units=["layers.*"])
+    before, during = jnp.ones(3), jnp.zeros(3)
+    before.delete()
+
+    def alive(platform: str) -> Iterator[Any]:
+        yield before
+        yield during
+        during.delete()  # as a donation does, once the list is made
+
+    monkeypatch.setattr(jax, "live_arrays", alive)
+    handle.overwrite_("layers.2.w", np.zeros((64, 64), np.float32))
+    assert during.is_deleted()
+    assert bits(tree["layers"][2]["w"]) == bytes(64 * 64 * 4)
+
+
 def test_a_resident_leaf_cannot_be_overwritten(params: dict[str, Any], at: Any, device: str) -> None:
     _, handle = dj.offload(params, "1GiB", device=device)
     with pytest.raises(AliasError, match="use update"):
