@@ -156,11 +156,13 @@ def _refuse_donation(array: jax.Array) -> None:
 
 
 def device_array(value: Any, device: Any) -> jax.Array:
-    """An array in the device's own memory with these elements; `value` itself where it lies there already."""
+    """An array in the device's own memory with these elements, strongly typed; `value` itself where it is one."""
     sharding = SingleDeviceSharding(device, memory_kind="device")
     driver = open_driver("cpu" if device.platform == "cpu" else f"cuda:{device.local_hardware_id}")
     if isinstance(value, jax.Array):
         array = jax.device_put(value, sharding)
+        if array.weak_type:  # which is a part of the type: results would have another dtype than before
+            array = jax.lax.convert_element_type(array, array.dtype)
         # JAX takes mapped host memory for the device's own, and all memory on the CPU: a resident leaf over such bytes
         # would be read over the link, and changed by whoever writes to them.
         pinned = driver.pointer_info(array.unsafe_buffer_pointer()).kind == "pinned"

@@ -156,6 +156,15 @@ def test_update_gives_a_new_tree_and_old_ones_keep_their_values(params: dict[str
     assert "layers.1.w" in handle.report().updated
 
 
+def test_a_leaf_stays_strongly_typed(at: Any, device: str) -> None:
+    tree, handle = dj.offload({"scale": jnp.float32(2), "w": np.ones(4, np.float32)}, "1MiB", device=device)
+    new = handle.update("scale", jnp.asarray(3.0))
+    assert (new["scale"].weak_type, float(new["scale"])) == (False, 3.0)
+    run = jax.jit(handle.streamed(lambda p, x: x * p["scale"]))
+    results = [run(given, jnp.ones(4, jnp.bfloat16)) for given in (tree, new)]
+    assert {result.dtype for result in results} == {jnp.dtype("float32")}
+
+
 def test_overwriting_reaches_every_tree(params: dict[str, Any], at: Any, device: str) -> None:
     tree, handle = dj.offload(params, 2 * models.BLOCK_NBYTES, device=device, policy=all_staged, units=["layers.*"])
     run = jax.jit(handle.streamed(models.unrolled))
