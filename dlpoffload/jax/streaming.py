@@ -127,7 +127,8 @@ def run_streamed(
         Weights are constants of a program that is traced around this.
     """
     closed_over = [what for i, what in weights.frozen.items() if not isinstance(leaves[i], jax.core.Tracer)]
-    if closed_over and isinstance(jax.numpy.zeros(()), jax.core.Tracer):
+    # An iota is made on the device: nothing is transferred, which a guard may forbid.
+    if closed_over and isinstance(jax.lax.iota("int32", 1), jax.core.Tracer):
         raise SpecError(
             f"{len(closed_over)} offloaded leaves ({_listed(closed_over)}) are closed over by a function that jax.jit "
             "traces: they would become constants of its program, on the device, all of them; pass the tree as an "

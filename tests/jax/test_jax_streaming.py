@@ -138,6 +138,13 @@ def test_donated_inputs_and_no_jit(params: Any, x: Any, at: Any, device: str) ->
     assert models.same(tree, params)
 
 
+def test_without_jit_nothing_but_weights_is_transferred(params: Any, x: Any, at: Any, device: str) -> None:
+    tree, handle = offloaded(params, device)
+    with jax.transfer_guard("disallow"):
+        result = handle.streamed(models.unrolled)(tree, x)
+    models.close(result, models.unrolled(models.resident(params), x))
+
+
 @pytest.mark.parametrize("derivative", [False, True])
 def test_without_jit_copies_are_dropped(
     params: Any, x: Any, at: Any, device: str, derivative: bool, monkeypatch: Any
