@@ -69,7 +69,10 @@ def streamed(fun: Callable[..., Any], staging: Staging, argnum: int) -> Callable
     @functools.wraps(fun)
     def call(*args: Any, **kwargs: Any) -> Any:
         if not -len(args) <= argnum < len(args):
-            raise SpecError(f"argnum={argnum}, but the function is called with {len(args)} positional arguments")
+            raise SpecError(
+                f"argnum={argnum}, but the function is called with {len(args)} positional arguments; the tree is taken "
+                "by position, not by keyword"
+            )
         at = argnum % len(args)
         names, values, structure = names_of(args[at])
         weights = _weights(names, values, staging)
@@ -168,8 +171,10 @@ class _Streamed:
         name: str,
         traced: Callable[[ProgramReport], None],
     ) -> None:
+        _check_manual(values)
         types = [on_device(value) for value in values]
         self.closed, shape = jax.make_jaxpr(fun, return_shape=True)(*types)
+        _check_manual(self.closed.consts)
         self.structure = jax.tree.structure(shape)
         self.weights = weights
         self.name = name
@@ -186,6 +191,18 @@ class _Streamed:
         plan = schedule(self.program, self.weights.slots)
         self.traced(summary(self.program, plan, self.weights.slots, self.name))
         return execute(self.program, plan, consts, values, self.weights.slots)
+
+
+def _check_manual(values: Sequence[Any]) -> None:
+    """Refuse values whose type says over which axes of a `shard_map` they vary: the trace knows none of them."""
+    for value in values:
+        kind = jax.typeof(value)
+        varying = getattr(getattr(kind, "manual_axis_type", kind), "varying", None) or getattr(kind, "vma", ())
+        if varying:
+            raise SpecError(
+                f"a streamed function is given a {kind}, which varies over {_listed(sorted(map(str, varying)))} of a "
+                "jax.shard_map around it; pass check_vma=False to that shard_map"
+            )
 
 
 def _differentiable(streamed: _Streamed, count: int) -> Callable[..., list[Any]]:

@@ -398,6 +398,29 @@ def test_another_tree_is_refused(params: Any, x: Any, at: Any, device: str) -> N
         run(jax.tree.map(lambda leaf: 1.0, tree), x)
     with pytest.raises(SpecError, match="argnum=2"):
         handle.streamed(models.unrolled, argnum=2)(tree, x)
+    with pytest.raises(SpecError, match="by position, not by keyword"):
+        run(params=tree, x=x)
+
+
+@pytest.mark.parametrize("derivative", [False, True])
+def test_inside_of_a_shard_map(params: Any, x: Any, at: Any, device: str, derivative: bool) -> None:
+    tree, handle = offloaded(params, device)
+    if device != "cpu":  # whose arrays have no mesh of their own in their type
+        tree = models.resident(params)
+    mesh = jax.sharding.Mesh(np.array([at]), ("data",))
+    spec = jax.sharding.PartitionSpec
+
+    def gradient(fun: Callable[..., Any]) -> Callable[..., Any]:
+        return jax.grad(lambda p, x: fun(p, x).sum(), 1) if derivative else fun
+
+    def run(check: bool) -> Any:
+        fun = gradient(handle.streamed(models.unrolled))
+        places = {"in_specs": (spec(), spec("data")), "out_specs": spec("data")}
+        return jax.jit(jax.shard_map(fun, mesh=mesh, check_vma=check, **places))
+
+    with pytest.raises(SpecError, match=r'varies over "data" of a jax\.shard_map .* check_vma=False'):
+        run(True)(tree, x)
+    models.close(run(False)(tree, x), jax.jit(gradient(models.unrolled))(models.resident(params), x), 1e-4)
 
 
 @pytest.mark.parametrize(("depth", "slots"), [(1, 2), (4, 1), (8, 2), (11, 3)])
