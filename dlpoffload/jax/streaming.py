@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -303,11 +303,33 @@ def _backward(
         return pull(full)
 
     weights = Weights(homes, {}, {}, streamed.weights.slots)
-    pulled = _Streamed(back, [*residuals, *given], weights, f"{streamed.name} backward", streamed.traced)
+    name = f"{streamed.name} backward"
+    try:
+        pulled = _Streamed(back, [*residuals, *given], weights, name, streamed.traced)
+    except NameError as error:
+        unbound = _unbound(streamed.closed.effects)
+        if not unbound:
+            raise
+        raise GradientError(
+            f"the axis {_listed(unbound)} is named by a streamed function inside of a jax.vmap, and the derivative is "
+            "taken around both: JAX runs the way back outside of that jax.vmap; take the derivative inside of it, or "
+            "put the jax.vmap inside of handle.streamed"
+        ) from error
     result: list[Any] = [None] * arguments
     for i, value in zip(asked, pulled.run([*residuals, *given]), strict=True):
         result[i] = value
     return tuple(result)
+
+
+def _unbound(effects: Iterable[Any]) -> list[str]:
+    """The names of axes that a program uses (psum) and that are not there now."""
+    names = []
+    for axis in [effect.name for effect in effects if hasattr(effect, "name")]:
+        try:
+            jax.lax.axis_size(axis)
+        except NameError:
+            names.append(str(axis))
+    return sorted(names)
 
 
 def _instantiated(cotangent: Any) -> Any:

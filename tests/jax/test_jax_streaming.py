@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dlpoffload.errors import PlanError, SpecError
+from dlpoffload.errors import GradientError, PlanError, SpecError
 from dlpoffload.planning import all_staged
 
 jax = pytest.importorskip("jax")
@@ -400,6 +400,23 @@ def test_another_tree_is_refused(params: Any, x: Any, at: Any, device: str) -> N
         handle.streamed(models.unrolled, argnum=2)(tree, x)
     with pytest.raises(SpecError, match="by position, not by keyword"):
         run(params=tree, x=x)
+
+
+def test_an_axis_of_a_vmap_is_named_inside_of_the_derivative(params: Any, x: Any, at: Any, device: str) -> None:
+    tree, handle = offloaded(params, device)
+
+    def loss(p: Any, x: Any) -> Any:
+        return jax.lax.pmean((models.unrolled(p, x) ** 2).mean(), "batch")
+
+    def each(fun: Callable[..., Any], p: Any) -> Callable[..., Any]:
+        return jax.vmap(lambda x: fun(p, x), axis_name="batch")
+
+    run = handle.streamed(loss)
+    with pytest.raises(GradientError, match=r'the axis "batch" .* inside of handle\.streamed'):
+        jax.jit(jax.grad(lambda p, x: each(run, p)(x).sum(), 1))(tree, x)
+    wanted = jax.jit(jax.grad(lambda x: each(loss, models.resident(params))(x).sum()))(x)
+    whole = handle.streamed(lambda p, x: each(loss, p)(x).sum())
+    models.close(jax.jit(jax.grad(whole, 1))(tree, x), wanted, 1e-4)
 
 
 @pytest.mark.parametrize("derivative", [False, True])
