@@ -106,7 +106,7 @@ def array_view(view: View, *, accept_read_only: bool = False) -> jax.Array:
     if view.nbytes and view.pointer % alignment:
         raise AliasError(
             f"{view!r} does not start at a multiple of {alignment} bytes, where XLA wants its buffers; carve() and "
-            "HostStore lay tensors out aligned to 256, HostBuffer.copy_of copies"
+            "HostStore.copy_of lay tensors out aligned to 256, HostBuffer.copy_of copies one"
         )
     try:
         array = jax.numpy.from_dlpack(view)

@@ -165,7 +165,13 @@ class Placed:
             return device_array(value, self.device).block_until_ready()
         if in_place:
             self.aliased_nbytes += home.spec.nbytes
-            return self.hold(name, value)
+            try:
+                return self.hold(name, value)
+            except AliasError as error:
+                raise AliasError(
+                    f'"{name}" cannot be taken in place: {error}. A mapped file has its tensors where they are in the '
+                    "file: pass views of HostStore.copy_of instead"
+                ) from error
         assert self._store is not None
         self._store.copy_into(name, value)
         return self.hold(name, self._store.host_view(name))

@@ -319,6 +319,17 @@ def test_views_are_taken_in_place_and_read_only_ones_too(at: Any, device: str, t
     assert path.read_bytes() == weights.tobytes()
 
 
+def test_a_view_that_xla_cannot_take_is_named(at: Any, device: str) -> None:
+    buffer = dlpo.HostBuffer.copy_of(np.arange(34, dtype=np.float32), device=device)
+    views = {"first": buffer.host_view((16,), "float32"), "second": buffer.host_view((16,), "float32", byte_offset=72)}
+    with pytest.raises(AliasError, match=r'^"second" cannot be taken in place: .* HostStore\.copy_of'):
+        dj.offload(views, "1KiB", device=device, policy=all_staged)
+    store = dlpo.HostStore.copy_of(views, device=device)
+    tree, handle = dj.offload({n: store.host_view(n) for n in store}, "1KiB", device=device, policy=all_staged)
+    assert handle.report().aliased_nbytes == 128
+    assert bits(tree["second"]) == np.arange(18, 34, dtype=np.float32).tobytes()
+
+
 def test_what_another_process_shares_is_taken_in_place(at: Any, device: str) -> None:
     script = """
 import sys, numpy as np, dlpoffload as dlpo
