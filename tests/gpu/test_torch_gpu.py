@@ -151,7 +151,7 @@ def test_the_link_is_measured_and_said() -> None:
     report = handle.report()
     assert report.link is not None
     assert report.link_share is not None
-    assert 0 < report.link_share < 1.2
+    assert report.link_share > 0  # of a link that others may use meanwhile
     assert "of the link" in str(report)
 
 

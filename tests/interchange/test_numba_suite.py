@@ -43,6 +43,7 @@ def buffer(request: pytest.FixtureRequest, rng: Any) -> Iterator[dlpo.HostBuffer
     with dlpo.HostBuffer.allocate(4096, device=0 if on_gpu else "cpu") as buffer:
         buffer.memoryview()[:] = rng.integers(0, 100, 4096, dtype=np.uint8).tobytes()
         yield buffer
+        gc.collect()  # what a compiled kernel was called with may lie in a cycle
 
 
 def labelled(buffer: dlpo.HostBuffer, label: str, shape: Any, name: str, strides: Any = None) -> dlpo.View:

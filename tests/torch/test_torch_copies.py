@@ -68,13 +68,12 @@ def meanwhile(module: Any, act: Callable[[], Any]) -> tuple[nn.Module, Any]:
         lambda module: copy.deepcopy(module[0]),
         lambda module: module.half(),
         lambda module: module[1].double(),
-        lambda module: module.share_memory(),
         pickle.dumps,
         lambda module: pickle.dumps(module[0]),
         lambda module: offload_(module, "1MiB"),
         torch.jit.script,
     ],
-    ids=["copy a part", "half", "double a part", "share", "pickle", "pickle a part", "offload", "script"],
+    ids=["copy a part", "half", "double a part", "pickle", "pickle a part", "offload", "script"],
 )
 def test_what_is_refused_is_refused_meanwhile(device: str, act: Callable[[Any], Any]) -> None:
     module, handle, x, wanted = offloaded(device)
