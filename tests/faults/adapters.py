@@ -26,11 +26,13 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from operations import OPERATIONS, RESTART, Operation, Swept, attempted, causes, table, then
 
 import dlpoffload as dlpo
 from dlpoffload import lifetime
@@ -38,12 +40,11 @@ from dlpoffload.driver import installed
 from dlpoffload.driver.cpu import CpuDriver
 from dlpoffload.errors import AliasError, CudaError, DeviceMemoryError, HostMemoryError, OffloadError, RegistrationError
 
-__all__ = ["OPERATIONS", "Bench", "Case", "operation"]
+__all__ = ["Bench", "Case"]
 
 TIMEOUT_S: Final = 60
 SETTLE_S: Final = 1.0
 PAGE: Final = os.sysconf("SC_PAGE_SIZE")
-RESTART: Final = "restart the process"
 CALLS: Final = (
     "device_memory_info",
     "synchronize",
@@ -188,38 +189,6 @@ class Bench:
     folder: Path
 
 
-@dataclass(frozen=True)
-class Operation:
-    """One row of the table.
-
-    Attributes
-    ----------
-    releases : bool
-        It takes memory back: what is failed then may stay, where it is counted.
-    keeps : bool
-        It is several in a row, of which those that were done stay done.
-    swallows : tuple of str
-        Calls whose failure is no failure of the operation.
-    """
-
-    name: str
-    prepare: Callable[[Bench], Case]
-    releases: bool = False
-    keeps: bool = False
-    swallows: tuple[str, ...] = ()
-
-
-OPERATIONS: dict[str, Operation] = {}
-
-
-def operation(name: str, **options: Any) -> Callable[[Any], Any]:
-    def add(prepare: Any) -> Any:
-        OPERATIONS[name] = Operation(name, prepare, **options)
-        return prepare
-
-    return add
-
-
 # ------------------------------------------------------------------------------------------------ one position
 @dataclass(frozen=True)
 class Alive:
@@ -273,23 +242,6 @@ def bench(folder: Path) -> Iterator[Bench]:
         yield Bench(driver, stack, folder)
 
 
-def made(act: Callable[[], Any]) -> BaseException | None:
-    """Do it; what was raised, without the frames that hold memory."""
-    try:
-        act()
-    except BaseException as error:
-        for each in causes(error):
-            each.__traceback__ = None
-        return error
-    return None
-
-
-def causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
 def attempt(operation: Operation, folder: Path, fault: Fault) -> list[str]:
     """Fail one call once; what is wrong afterwards, in words."""
     wrong: list[str] = []
@@ -304,7 +256,7 @@ def attempt(operation: Operation, folder: Path, fault: Fault) -> list[str]:
         driver = made_bench.driver
         before = look()
         driver.begin(fault)
-        raised = made(case.act)
+        _, raised = attempted(case.act)
         fired = driver.fired
         if fired is None:
             collected = fault.call in RELEASES and raised is None  # memory in cycles is freed sooner or later
@@ -316,11 +268,11 @@ def attempt(operation: Operation, folder: Path, fault: Fault) -> list[str]:
         fired.__traceback__ = None
         if raised is not None and not (operation.releases or operation.keeps or fault.call in (*RELEASES, *DESTROYS)):
             wrong += [f"at once, {words}" for words in left(before)]
-        wrong += _next("bits", case.check)
+        wrong += then("bits", case.check)
         if raised is not None:
-            wrong += _next("it cannot be done again", case.again or case.act)
-            wrong += _next("bits, when it was done again", case.check)
-        wrong += _next("it cannot be closed", case.close)
+            wrong += then("it cannot be done again", case.again or case.act)
+            wrong += then("bits, when it was done again", case.check)
+        wrong += then("it cannot be closed", case.close)
         del case, made_bench, driver, raised, fired
     unheard.clear()
     if fault.call in (*RELEASES, *DESTROYS) or operation.releases:
@@ -347,12 +299,12 @@ def _error(operation: Operation, fault: Fault, raised: BaseException | None, unh
 def _lost(case: Case) -> list[str]:
     """After an error that stays, nothing computes: a step raises, and says why; closing comes to an end."""
     wrong = []
-    error = made(case.check)
+    _, error = attempted(case.check)
     if isinstance(error, AssertionError):
         wrong.append(f"bits: {error}")
     elif error is not None and not any(RESTART in str(each) for each in causes(error)):
         wrong.append(f"the next operation does not say to restart: {error!r}")
-    error = made(case.close)
+    _, error = attempted(case.close)
     if error is not None and not any(RESTART in str(each) for each in causes(error)):
         wrong.append(f"closing does not say to restart: {error!r}")
     return wrong
@@ -373,22 +325,7 @@ def _uncounted(before: Alive, fault: Fault) -> list[str]:
     return [] if fault.call == "stream_destroy" else found  # a stream of the CPU driver is a thread
 
 
-def _next(words: str, act: Callable[[], Any]) -> list[str]:
-    error = made(act)
-    return [] if error is None else [f"{words}: {error!r}"]
-
-
 # ----------------------------------------------------------------------------------------------- an operation
-@dataclass
-class Swept:
-    """What came of one operation."""
-
-    operation: str
-    calls: dict[str, int] = field(default_factory=dict)
-    faults: int = 0
-    found: list[str] = field(default_factory=list)
-
-
 def count(operation: Operation, folder: Path) -> dict[str, int]:
     """The calls of an operation that nothing fails."""
     with bench(folder) as made_bench:
@@ -405,7 +342,8 @@ def count(operation: Operation, folder: Path) -> dict[str, int]:
 def sweep(operation: Operation, folder: Path, *, count_only: bool = False) -> Swept:
     """Try every position of an operation, or count them only."""
     count(operation, folder)  # what is made once is by now
-    swept = Swept(operation.name, count(operation, folder))
+    calls = count(operation, folder)
+    swept = Swept(operation.name, calls, sum(calls.values()))
     for call, uses in swept.calls.items():
         kinds = ["passing", "sticky", *(["refused"] if call in REFUSALS else [])]
         for fault in (Fault(call, nth, kind) for nth in range(1, uses + 1) for kind in kinds):
@@ -416,15 +354,6 @@ def sweep(operation: Operation, folder: Path, *, count_only: bool = False) -> Sw
             swept.found += [f"{fault}: {words}" for words in attempt(operation, folder, fault)]
             faulthandler.cancel_dump_traceback_later()
     return swept
-
-
-def table(rows: Sequence[Swept]) -> str:
-    """The table of the documentation."""
-    lines = ["| operation | driver calls | positions | faults tried |", "|---|---|---|---|"]
-    lines += [f"| {row.operation} | {len(row.calls)} | {sum(row.calls.values())} | {row.faults} |" for row in rows]
-    calls = {call for row in rows for call in row.calls}
-    positions, faults = sum(sum(row.calls.values()) for row in rows), sum(row.faults for row in rows)
-    return "\n".join([*lines, f"| **all {len(rows)}** | **{len(calls)}** | **{positions}** | **{faults}** |"])
 
 
 def main() -> int:

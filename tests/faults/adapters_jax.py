@@ -8,7 +8,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from adapters import Bench, Case, operation
+from adapters import Bench, Case
+from operations import operation
 
 import dlpoffload as dlpo
 from dlpoffload import lifetime

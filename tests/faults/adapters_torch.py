@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from adapters import Bench, Case, operation
+from adapters import Bench, Case
+from operations import operation
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -149,20 +150,21 @@ def offload_pageable(bench: Bench) -> Case:
     return _offloading(bench, 2 * UNIT + 512, pageable="if_refused")
 
 
-@operation("torch: offload_ from meta, a file copied")
-def offload_copied_file(bench: Bench) -> Case:
+def _from_meta(bench: Bench, mode: Any) -> Case:
     pair = Pair(bench)
     path = pair.checkpoint()
     pair.to_meta()
-    return pair.case(lambda: pair.offload(checkpoint=path, mode="copy"))
+    return pair.case(lambda: pair.offload(checkpoint=path, mode=mode))
+
+
+@operation("torch: offload_ from meta, a file copied")
+def offload_copied_file(bench: Bench) -> Case:
+    return _from_meta(bench, "copy")
 
 
 @operation("torch: offload_ from meta, a file mapped")
 def offload_mapped_file(bench: Bench) -> Case:
-    pair = Pair(bench)
-    path = pair.checkpoint()
-    pair.to_meta()
-    return pair.case(lambda: pair.offload(checkpoint=path, mode="map"))
+    return _from_meta(bench, "map")
 
 
 @operation("torch: Offloader, layers wrapped")

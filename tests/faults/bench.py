@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from fake import FakeCuda
+from operations import operation
 
 import dlpoffload as dlpo
 from dlpoffload import lifetime
@@ -23,12 +24,10 @@ from dlpoffload.driver import open_driver
 __all__ = [
     "DEVICE",
     "NBYTES",
-    "OPERATIONS",
     "SPECS",
     "UNITS",
     "Act",
     "Bench",
-    "Operation",
     "close",
     "dropping",
     "freed",
@@ -102,40 +101,6 @@ class Bench:
 
 
 Act = Callable[[], Any]
-
-
-@dataclass(frozen=True)
-class Operation:
-    """One row of the table.
-
-    Attributes
-    ----------
-    releases : bool
-        It takes memory back: what is failed then may stay, where it is counted.
-    swallows : tuple of str
-        Calls whose failure is no failure of the operation.
-    deferred : bool
-        Calls that need no context fail for good, too: they may give the errors of earlier work (CUDA driver API).
-    """
-
-    name: str
-    prepare: Callable[[Bench], tuple[Act, Callable[[Any], None]]]
-    releases: bool = False
-    swallows: tuple[str, ...] = ()
-    deferred: bool = False
-
-
-OPERATIONS: dict[str, Operation] = {}
-
-
-def operation(
-    name: str, *, releases: bool = False, swallows: tuple[str, ...] = (), deferred: bool = False
-) -> Callable[[Any], Any]:
-    def add(prepare: Any) -> Any:
-        OPERATIONS[name] = Operation(name, prepare, releases, swallows, deferred)
-        return prepare
-
-    return add
 
 
 def write_checkpoint(path: Path) -> None:

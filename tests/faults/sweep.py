@@ -25,7 +25,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -35,8 +35,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import operations_memory  # noqa: F401
 import operations_rings  # noqa: F401
 import operations_stores  # noqa: F401 - they add their operations
-from bench import DEVICE, OPERATIONS, Bench, Operation, write_checkpoint
+from bench import DEVICE, Bench, write_checkpoint
 from fake import FakeCuda, build
+from operations import OPERATIONS, RESTART, Operation, Swept, attempted, causes, table, then
 from watching import look, settle
 
 import dlpoffload as dlpo
@@ -48,7 +49,6 @@ from dlpoffload.host_checks import check_pinned
 from dlpoffload.limits import host_limits
 
 UNKNOWN, ILLEGAL_ADDRESS = 999, 700
-RESTART: Final = "restart the process"
 TIMEOUT_S: Final = 30
 _NUMBERS: Final = re.compile(r"#\d+|0x[0-9a-f]+")
 RELEASES: Final = ("cuMemHostUnregister", "cuMemFree", "cuMemFreeHost")
@@ -89,17 +89,6 @@ class Fault:
         return f"{self.call} #{self.nth} fails with {self.code}{', and so does all after it' if self.sticky else ''}"
 
 
-@dataclass
-class Swept:
-    """What came of one operation."""
-
-    operation: str
-    calls: dict[str, int] = field(default_factory=dict)
-    positions: int = 0
-    faults: int = 0
-    found: list[str] = field(default_factory=list)
-
-
 # ------------------------------------------------------------------------------------------------ one position
 def attempt(operation: Operation, fake: FakeCuda, folder: Path, fault: Fault) -> list[str]:
     """Fail one call once, in this process; what is wrong afterwards, in words."""
@@ -112,7 +101,7 @@ def attempt(operation: Operation, fake: FakeCuda, folder: Path, fault: Fault) ->
     act, undo = operation.prepare(bench)
     before = look(fake, folder, whole=False)
     fake.fail(fault.call, fault.nth, fault.code, sticky=fault.sticky)
-    result, raised = _made(act)
+    result, raised = attempted(act)
     if not fake.fired():
         return [f"it was not reached{f': {raised!r}' if raised else ''}"]
     wrong += _thread(fake, fault)
@@ -123,17 +112,17 @@ def attempt(operation: Operation, fake: FakeCuda, folder: Path, fault: Fault) ->
     kept = settle(fake, folder, before, wait_s, whole=False) if raised or reported else before
     wrong += _left(operation, fault, before, kept)
     if fault.sticky:
-        _, refused = _made(lambda: _anything(act))
+        _, refused = attempted(lambda: _anything(act))
         if refused is None or RESTART not in str(refused):
             wrong.append(f"the next operation does not say to restart: {refused!r}")
         return wrong + fake.violations()
     if not raised:
         undo(result)
     del result
-    wrong += _next("it cannot be done again", lambda: undo(act()))
-    wrong += _next("nothing else works", lambda: _anything(lambda: None))
+    wrong += then("it cannot be done again", lambda: undo(act()))
+    wrong += then("nothing else works", lambda: _anything(lambda: None))
     act = undo = _gone
-    wrong += _next("what was prepared cannot be closed", stack.close)
+    wrong += then("what was prepared cannot be closed", stack.close)
     del bench, stack
     wrong += _left(operation, fault, untouched, settle(fake, folder, untouched, wait_s))
     return wrong + fake.violations()
@@ -141,22 +130,6 @@ def attempt(operation: Operation, fake: FakeCuda, folder: Path, fault: Fault) ->
 
 def _gone(_: object = None) -> None:
     """In the place of what would hold memory."""
-
-
-def _made(act: Callable[[], Any]) -> tuple[Any, BaseException | None]:
-    try:
-        return act(), None
-    except BaseException as error:
-        _forget_frames(error)
-        return None, error
-
-
-def _forget_frames(error: BaseException | None) -> None:
-    """A traceback holds the memory of whoever raised."""
-    while error is not None:
-        error.__traceback__ = None
-        _forget_frames(error.__cause__)
-        error = error.__context__
 
 
 def _anything(act: Callable[[], Any]) -> None:
@@ -169,11 +142,6 @@ def _anything(act: Callable[[], Any]) -> None:
         act()
 
 
-def _next(words: str, act: Callable[[], Any]) -> list[str]:
-    _, error = _made(act)
-    return [] if error is None else [f"{words}: {error!r}"]
-
-
 def _thread(fake: FakeCuda, fault: Fault) -> list[str]:
     """The thread's contexts and mode are as they were, unless it is the putting back that failed."""
     depth, mode = fake.thread()
@@ -181,12 +149,6 @@ def _thread(fake: FakeCuda, fault: Fault) -> list[str]:
     if fault.call in THREAD_CALLS:
         return [] if depth <= 1 else [f"{depth} contexts are left on the thread"]
     return [] if (depth, mode) == (0, 0) else [f"{depth} contexts and capture mode {mode} are left on the thread"]
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _error(operation: Operation, fault: Fault, failed: BaseException | None, result: Any) -> list[str]:
@@ -200,7 +162,7 @@ def _error(operation: Operation, fault: Fault, failed: BaseException | None, res
     wrong = []
     if not isinstance(failed, expected) or (expected == (CudaError,) and type(failed) is not CudaError):
         wrong.append(f"the error is {failed!r}")
-    sources = [error for error in _causes(failed) if isinstance(error, CudaError)]
+    sources = [error for error in causes(failed) if isinstance(error, CudaError)]
     # Where all that follows fails alike, what is rolled back may be heard of last.
     if not any(error.code == fault.code and (fault.sticky or error.call == fault.call) for error in sources):
         wrong.append(f"the error does not name the call: {failed!r}")
@@ -316,15 +278,6 @@ def sweep(operation: Operation, fake: FakeCuda, folder: Path, *, count_only: boo
                 tried = in_child(partial(attempt, operation, fake, folder, fault))
                 swept.found += [f"{fault}: {words}" for words in tried]
     return swept
-
-
-def table(rows: Sequence[Swept]) -> str:
-    """The table of the documentation."""
-    lines = ["| operation | driver calls | positions | faults tried |", "|---|---|---|---|"]
-    lines += [f"| {row.operation} | {len(row.calls)} | {row.positions} | {row.faults} |" for row in rows]
-    called = {call for row in rows for call in row.calls}
-    positions, faults = sum(row.positions for row in rows), sum(row.faults for row in rows)
-    return "\n".join([*lines, f"| **all {len(rows)}** | **{len(called)}** | **{positions}** | **{faults}** |"])
 
 
 def main() -> int:

@@ -258,7 +258,8 @@ def test_the_sweep_finds_what_is_planted(
         f"""
         import json
         import dlpoffload.driver.cuda, dlpoffload.registrations, dlpoffload.transfer.ring
-        from sweep import OPERATIONS, Fault, attempt, in_child, write_checkpoint
+        from operations import OPERATIONS
+        from sweep import Fault, attempt, in_child, write_checkpoint
         folder, fault, held = Path({str(tmp_path)!r}), Fault({fault}), []
         write_checkpoint(folder / "weights.safetensors")
         before = in_child(lambda: attempt(OPERATIONS[{operation!r}], fake, folder, fault))

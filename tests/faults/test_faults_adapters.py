@@ -64,9 +64,9 @@ def test_the_sweep_finds_what_is_planted(tmp_path: Path, planted: str, operation
     code = f"""
         import json
         from pathlib import Path
-        import adapters, adapters_torch
+        import adapters, adapters_torch, operations
         import dlpoffload.torch.staging, dlpoffload.torch.units, dlpoffload.transfer.ring
-        operation, fault = adapters.OPERATIONS[{operation!r}], adapters.Fault({fault})
+        operation, fault = operations.OPERATIONS[{operation!r}], adapters.Fault({fault})
         before = adapters.attempt(operation, Path({str(tmp_path)!r}), fault)
         dlpoffload.{planted}
         print(json.dumps([before, adapters.attempt(operation, Path({str(tmp_path)!r}), fault)]))
