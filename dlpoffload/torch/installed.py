@@ -15,7 +15,7 @@ from .gate import Gate
 from .gradients import refuse_gradients
 from .moved import guard_loading
 from .moving import GuardedApply
-from .overrides import Overrides
+from .overrides import Override, Overrides
 from .placed import Placed
 from .root import RootForward, SteppedForward
 from .staging import StagedForward
@@ -37,6 +37,15 @@ def handle_of(module: nn.Module) -> Any:
     """The handle of an offloaded module, or of the one that it is a part of; None where it is not offloaded."""
     mark = module.__dict__.get(_MARK)
     return mark.handle if isinstance(mark, Mark) else None
+
+
+def _guard(overrides: Overrides, module: nn.Module, handle: object, applied: GuardedApply, copied: Override) -> None:
+    """Put on a module what knows its handle, and what refuses or leads on what would take its tensors along."""
+    overrides.put(module, _MARK, Mark(handle))
+    overrides.put(module, "_apply", applied)
+    overrides.put(module, "__deepcopy__", copied)
+    overrides.put(module, "__reduce_ex__", PickleRefusal())
+    overrides.put(module, "__prepare_scriptable__", ScriptRefusal())
 
 
 class Installed:
@@ -77,11 +86,8 @@ class Installed:
 
     def _override(self, module: nn.Module, placed: Placed, handle: object, deep_copy: Any) -> None:
         for inside in module.modules():
-            self.overrides.put(inside, _MARK, Mark(handle))
-            self.overrides.put(inside, "_apply", GuardedApply([placed], inside, self._gate))
-            self.overrides.put(inside, "__deepcopy__", deep_copy if inside is module else PartCopy(handle, inside))
-            self.overrides.put(inside, "__reduce_ex__", PickleRefusal())
-            self.overrides.put(inside, "__prepare_scriptable__", ScriptRefusal())
+            copied = deep_copy if inside is module else PartCopy(handle, inside)
+            _guard(self.overrides, inside, handle, GuardedApply([placed], inside, self._gate), copied)
         if placed.stager is not None:
             for inside, homes in homes_of(placed.stager, self._units).items():
                 self._saving.put(inside, "_save_to_state_dict", Saving(inside, homes))
@@ -155,13 +161,11 @@ class InstalledOverParts:
             self.forwards.append(SplitForward(parts, devices[parts.home], placed))
         self.overrides = Overrides()
         try:
-            for module in root.modules():
-                self.overrides.put(module, _MARK, Mark(handle))
             for module in above:
-                self.overrides.put(module, "_apply", GuardedApply(placed, module, gate))
-                self.overrides.put(module, "__deepcopy__", PartCopy(handle, module))
-                self.overrides.put(module, "__reduce_ex__", PickleRefusal())
-                self.overrides.put(module, "__prepare_scriptable__", ScriptRefusal())
+                _guard(self.overrides, module, handle, GuardedApply(placed, module, gate), PartCopy(handle, module))
+            for module in root.modules():
+                if id(module) in inside:  # what else is theirs the parts guard
+                    self.overrides.put(module, _MARK, Mark(handle))
             self.overrides.put(root, "__deepcopy__", deep_copy)
             exchange(held, self.forwards, gate)
             held.clear()
