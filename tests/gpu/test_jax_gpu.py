@@ -73,7 +73,7 @@ def needed(fun: Callable[..., Any], *arguments: Any, **how: Any) -> int:
     """What XLA takes for its own ends where the weights are resident. Bytes.
 
     That differs by the device: on an H200 a product with one row is multiplied into a buffer of the weight's size and
-    then summed, on an H100 it is one kernel [jax 0.11.2].
+    then summed, on an H100 there was no such buffer [jax 0.11.2].
     """
     resident = jax.device_put(arguments, jax.devices("cuda")[0])
     return int(dj.inspect_compiled(jax.jit(fun).lower(*resident).compile(**how)).temporary_nbytes)
